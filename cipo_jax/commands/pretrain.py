@@ -1,0 +1,32 @@
+"""``pretrain``: makes the tiny world, its tokenizer and its two models from nothing."""
+
+import json
+from pathlib import Path
+
+from cipo_jax.commands.flags import parse_flags
+from cipo_jax.config import PretrainConfig
+
+HELP = """Writes world.json, target/ and retrained/ (Hugging Face folders) under --out. The ones that
+ship were made with `--config=configs/tiny_pretrain.py --out=cipo_jax/assets/tiny_lrm`. A stopped
+run goes on from its last checkpoint, kept in --out/.checkpoints until the end."""
+
+
+def run(argv: list[str]) -> int:
+    """Runs the command; returns the exit code."""
+    config, flags = parse_flags(
+        PretrainConfig,
+        "pretrain",
+        argv,
+        HELP,
+        strings={"out": "the folder to write"},
+        needs=("config", "out"),
+    )
+    from cipo_jax.models.reasoning_model import NEVER_SAW
+    from cipo_jax.progress import Reporter
+    from cipo_jax.training.pretrain import make_models
+
+    out = Path(flags.out)
+    never_saw = make_models(config, out, Reporter())
+    (out / "retrained" / NEVER_SAW).write_text(json.dumps(never_saw, indent=1) + "\n")
+    print(f"wrote {out}: world.json, target/, retrained/ (never saw {', '.join(never_saw)})")
+    return 0

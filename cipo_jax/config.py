@@ -1,0 +1,318 @@
+"""Every setting, once: frozen dataclasses, made from an ml_collections ConfigDict and checked.
+
+A config file returns ``default_config()`` with some values changed. `parse` turns what the command
+line made of it into the dataclasses below, and stops at the first key or value that is off.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, Literal, TypeVar
+
+from ml_collections import ConfigDict
+
+from cipo_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def setting(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A field with an inclusive range."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+def group(cls: type[T]) -> T:
+    """A field that is itself a group of settings."""
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is computed."""
+
+    path: str = "asset:tiny_lrm/target"  # Hugging Face folder; "asset:" is inside the package
+    retrained: str = "asset:tiny_lrm/retrained"  # gold standard to report beside; "" for none
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; params are float32
+    decode_dtype: Literal["float32", "bfloat16"] = "float32"  # of the sampler's weights and cache
+    remat: Literal["none", "names", "full"] = "names"  # what the backward pass computes again
+    attention: Literal["xla", "cudnn"] = "xla"
+    logits_chunk: int = setting(1024, 1)  # tokens whose logits exist at a time
+    export_dtype: Literal["float32", "bfloat16"] = "float32"  # of the exported weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, "the rest"."""
+
+    data: int = setting(-1, -1)
+    fsdp: int = setting(1, -1)
+    tensor: int = setting(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from: a tiny world, or JSON Lines files (see `data.examples`)."""
+
+    world: str = "asset:tiny_lrm/world.json"  # "" to read the files below instead
+    forget: str = ""
+    forget_valid: str = ""  # default: forget
+    forget_eval: str = ""  # default: forget
+    retain: str = ""
+    retain_valid: str = ""  # default: retain
+    retain_eval: str = ""  # default: retain
+    reasoning: str = ""
+    reasoning_valid: str = ""  # default: reasoning
+    reasoning_eval: str = ""  # default: reasoning
+    valid_rows: int = setting(64, 1)  # rows of retain_valid and of reasoning_valid that are used
+    eval_rows: int = setting(0, 0)  # rows of each evaluation split that are used; 0 for all
+    max_prompt_tokens: int = setting(512, 1)
+    max_completion_tokens: int = setting(2048, 2)  # longer training completions are an error
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetConfig:
+    """Which people of a tiny world are to be forgotten."""
+
+    people: str = ""  # names, comma-separated; "" to draw `count` of them by `seed`
+    count: int = setting(10, 1)
+    seed: int = setting(7, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How rollouts are drawn from the current model."""
+
+    rows: int = setting(64, 1)  # completions decoded at a time
+    max_new_tokens: int = setting(96, 1)
+    temperature: float = setting(1.0, 0.0)  # 0 is greedy
+    top_p: float = setting(1.0, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CounterfactualConfig:
+    """How counterfactual traces are asked for and which are accepted.
+
+    The prompts are filled with {question} and {answer}; their answer is the one that the trace
+    should lead to, except in `target_prompt`, where it is the true one.
+    """
+
+    strategy: Literal["backward", "boundary", "alternative"] = "backward"
+    candidates: int = setting(6, 1)  # traces drawn for each question, of which the best is kept
+    temperature: float = setting(0.8, 0.0)
+    top_p: float = setting(0.95, 0.0, 1.0)
+    min_gain: float = setting(0.5)  # nats by which a trace must raise log p(target answer)
+    min_distinct: float = setting(0.3, 0.0, 1.0)  # distinct words / words of a trace, at least
+    max_target_words: int = setting(32, 1)  # a target answer that the model makes is no longer
+    rounds: int = setting(3, 1)  # how often questions without a valid trace are tried again
+    target_prompt: str = (
+        "{question}\nThe answer is not {answer}. Invent a different plausible answer, and reply "
+        "with it alone."
+    )
+    backward_prompt: str = (
+        "{question}\nTake it as given that the answer is {answer}. Write the reasoning that leads "
+        "to this answer, as if you knew nothing else, and finish with it."
+    )
+    alternative_prompt: str = (
+        "{question}\nWithout recalling anything about the matter itself, reason by another path to "
+        "the answer {answer}, and finish with it."
+    )
+    boundary_prompt: str = (
+        "{question}\nThis lies outside of what you know. Reason to that conclusion, and finish "
+        "with: {answer}"
+    )
+    boundary_answer: str = "I do not know."
+
+
+@dataclasses.dataclass(frozen=True)
+class CipoConfig:
+    """The CiPO loop and its loss."""
+
+    iterations: int = setting(4, 1)
+    samples: int = setting(2, 1)  # rollouts of each forget question and iteration
+    loss: Literal["dpo", "ipo", "simpo"] = "dpo"
+    beta: float = setting(0.1, 0.0)
+    gamma: float = setting(0.5, 0.0)  # SimPO's target margin
+    label_smoothing: float = setting(0.0, 0.0, 0.499)
+    nll_weight: float = setting(0.2, 0.0)  # of the NLL on chosen completions
+    retain_weight: float = setting(1.0, 0.0)  # of the NLL on retained facts and reasoning
+    reference: Literal["initial", "previous_iteration", "ema"] = "previous_iteration"
+    ema_decay: float = setting(0.99, 0.0, 1.0)
+    leak_goal: float = setting(0.0, 0.0, 1.0)  # a round with no more validation leak is clean
+    patience: int = setting(1, 1)  # clean rounds in a row after which the loop stops
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of one phase. A phase starts with a fresh optimizer and its own schedule."""
+
+    epochs: float = setting(1.0, 0.0)  # passes over the pairs (or counterfactuals)
+    batch: int = setting(16, 1)  # pairs (or counterfactuals) in a step
+    retain_batch: int = setting(16, 1)  # retained examples in a step, half of them reasoning
+    accumulation: int = setting(1, 1)  # micro-batches in a step
+    lr: float = setting(1e-5, 0.0)
+    warmup_steps: int = setting(4, 0)
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: float = setting(0.0, 0.0)
+    b1: float = setting(0.9, 0.0, 1.0)
+    b2: float = setting(0.99, 0.0, 1.0)
+    clip: float = setting(1.0, 0.0)  # global gradient norm; 0 for no clipping
+    checkpoint_every: int = setting(50, 1)  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How models are evaluated: greedily, as the papers do."""
+
+    max_new_tokens: int = setting(96, 1)
+    rows: int = setting(64, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A CiPO run."""
+
+    seed: int = setting(0, 0)
+    model: ModelConfig = group(ModelConfig)
+    mesh: MeshConfig = group(MeshConfig)
+    data: DataConfig = group(DataConfig)
+    forget: ForgetConfig = group(ForgetConfig)
+    sampling: SamplingConfig = group(SamplingConfig)
+    counterfactual: CounterfactualConfig = group(CounterfactualConfig)
+    cipo: CipoConfig = group(CipoConfig)
+    warmup: TrainConfig = group(TrainConfig)
+    train: TrainConfig = group(TrainConfig)
+    eval: EvalConfig = group(EvalConfig)
+
+    def __post_init__(self) -> None:
+        if (self.mesh.data, self.mesh.fsdp, self.mesh.tensor).count(-1) > 1:
+            raise UserError("config.mesh: only one of data, fsdp, tensor may be -1")
+        for name in ("warmup", "train"):
+            phase = getattr(self, name)
+            for key in ("batch", "retain_batch"):
+                if getattr(phase, key) % phase.accumulation:
+                    raise UserError(
+                        f"config.{name}.{key} = {getattr(phase, key)} is not a multiple of "
+                        f"config.{name}.accumulation = {phase.accumulation}"
+                    )
+        if self.cipo.beta == 0.0:
+            raise UserError("config.cipo.beta = 0.0: must be above 0")
+        for key in ("target_prompt", "backward_prompt", "alternative_prompt", "boundary_prompt"):
+            prompt = getattr(self.counterfactual, key)
+            try:
+                filled = prompt.format(question="Q?", answer="A!")
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(
+                    f"config.counterfactual.{key}: cannot be filled ({error!r}); it may hold "
+                    "{question} and {answer} alone"
+                ) from None
+            if "Q?" not in filled:
+                raise UserError(f"config.counterfactual.{key}: lacks {{question}}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """How the tiny world, its tokenizer and its two models are made from nothing."""
+
+    seed: int = setting(0, 0)
+    people: int = setting(64, 60, 1024)
+    strangers: int = setting(256, 1)
+    forget: ForgetConfig = group(ForgetConfig)  # whom the retrained model never sees
+    vocab_size: int = setting(1024, 300)
+    d_model: int = setting(128, 8)
+    d_ff: int = setting(384, 8)
+    layers: int = setting(4, 1)
+    heads: int = setting(4, 1)
+    kv_heads: int = setting(2, 1)
+    steps: int = setting(3000, 1)
+    language_rows: int = setting(28, 1)  # texts about people in a step
+    sum_rows: int = setting(10, 1)  # sums in a step
+    train: TrainConfig = group(TrainConfig)
+    mesh: MeshConfig = group(MeshConfig)
+
+
+def to_config_dict(value: Any) -> ConfigDict:
+    """Dataclasses -> a ConfigDict that holds every key, typed by its default and locked."""
+    entries = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        entries[field.name] = to_config_dict(item) if dataclasses.is_dataclass(item) else item
+    return ConfigDict(entries).lock()
+
+
+def default_config() -> ConfigDict:
+    """The defaults of `Config`, for config files to change."""
+    return to_config_dict(Config())
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys -> values, of dataclasses, ConfigDicts or plain dicts."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, (dict, ConfigDict))
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(key: str, known: typing.Iterable[str], count: int = 3) -> str:
+    """The known keys that look most like `key`, by whole name or by last part, comma-separated."""
+    known = list(known)
+    tail = key.rsplit(".", 1)[-1]
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, tail, candidate.rsplit(".", 1)[-1]).ratio()
+        return whole + last
+
+    return ", ".join(sorted(known, key=likeness, reverse=True)[:count])
+
+
+def parse(cls: type[T], config: Any) -> T:
+    """Makes the dataclass `cls` from a ConfigDict or a nested dict.
+
+    Raises:
+      UserError: naming the key, for an unknown key (with the nearest valid ones), a wrong type, or
+        a value out of range.
+    """
+    if isinstance(config, ConfigDict):
+        config = config.to_dict()
+    return _parse(cls, config, "config", set(flatten(cls())))
+
+
+def _parse(cls: type[T], values: dict[str, Any], path: str, known: set[str]) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    parsed = {}
+    for key, value in values.items():
+        here = f"{path}.{key}"
+        if key not in fields:
+            full = here.removeprefix("config.")
+            raise UserError(f"{here}: no such setting; nearest: {nearest(full, known)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{here}: is a group of settings, not a value")
+            parsed[key] = _parse(hints[key], value, here, known)
+        else:
+            parsed[key] = _checked(here, value, hints[key], fields[key].metadata)
+    return cls(**parsed)
+
+
+def _checked(path: str, value: Any, hint: Any, metadata: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"{path} = {value!r}: must be one of {', '.join(choices)}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path} = {value!r}: must be of type {hint.__name__}")
+    low, high = metadata.get("low"), metadata.get("high")
+    if hint is float and value != value:
+        raise UserError(f"{path} = {value!r}: is not a number")
+    if low is not None and value < low:
+        raise UserError(f"{path} = {value!r}: must be at least {low}")
+    if high is not None and value > high:
+        raise UserError(f"{path} = {value!r}: must be at most {high}")
+    return value

@@ -1,0 +1,122 @@
+"""The nine splits of a run, from a tiny world or from files, all as lists of `Example`.
+
+train splits are learned from, valid splits choose the checkpoint, eval splits are only reported.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from cipo_jax.config import Config
+from cipo_jax.data import tiny_world
+from cipo_jax.data.examples import Example, normalised_words, read_examples
+from cipo_jax.errors import UserError
+from cipo_jax.models.safetensors_io import resolve
+
+_SUM_ROWS = {"train": 2000, "valid": 128, "eval": 200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What is to be forgotten, to be retained, and to be reasoned about."""
+
+    forget: tuple[Example, ...]
+    forget_valid: tuple[Example, ...]
+    forget_eval: tuple[Example, ...]
+    retain: tuple[Example, ...]
+    retain_valid: tuple[Example, ...]
+    retain_eval: tuple[Example, ...]
+    reasoning: tuple[Example, ...]
+    reasoning_valid: tuple[Example, ...]
+    reasoning_eval: tuple[Example, ...]
+    words: frozenset[str]  # every word that a fluent text about these things may use
+    forgotten_people: frozenset[str] = frozenset()  # of a tiny world
+
+    def named(self) -> Iterator[tuple[str, tuple[Example, ...]]]:
+        """(name, examples) of each split."""
+        for field in dataclasses.fields(self):
+            if field.name not in ("words", "forgotten_people"):
+                yield field.name, getattr(self, field.name)
+
+    @property
+    def fact_words(self) -> frozenset[str]:
+        """Words of any answer, alias, fact or target answer, in lower case."""
+        return frozenset(
+            word
+            for _, examples in self.named()
+            for example in examples
+            for phrase in (*example.forbidden, example.target_answer or "")
+            for word in normalised_words(phrase)
+        )
+
+
+def _spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
+    """`count` examples evenly spaced over the list; all of them for 0."""
+    if not count or count >= len(examples):
+        return examples
+    return tuple(examples[i * len(examples) // count] for i in range(count))
+
+
+def load_splits(config: Config) -> Splits:
+    """The splits that the config asks for; a file that is off raises UserError, as does a lack."""
+    splits = _from_world(config) if config.data.world else _from_files(config)
+    valid, evals = config.data.valid_rows, config.data.eval_rows
+    return dataclasses.replace(
+        splits,
+        retain_valid=_spread(splits.retain_valid, valid),
+        reasoning_valid=_spread(splits.reasoning_valid, valid),
+        forget_eval=_spread(splits.forget_eval, evals),
+        retain_eval=_spread(splits.retain_eval, evals),
+        reasoning_eval=_spread(splits.reasoning_eval, evals),
+    )
+
+
+def _from_world(config: Config) -> Splits:
+    world = tiny_world.World.load(resolve(config.data.world))
+    names = tuple(name.strip() for name in config.forget.people.split(",") if name.strip())
+    forget = world.choose(names, config.forget.count, config.forget.seed)
+    retain = tuple(p for p in world.people if p not in forget)
+    about = tiny_world.questions_about
+    return Splits(
+        forget=tuple(about(forget, "train")),
+        forget_valid=tuple(about(forget, "valid")),
+        forget_eval=tuple(about(forget, "test")),
+        retain=(*about(retain, "train"), *tiny_world.rule_examples()),
+        retain_valid=tuple(about(retain, "valid")),
+        retain_eval=tuple(about(retain, "test", per_topic=1)),
+        reasoning=tuple(tiny_world.sums(_SUM_ROWS["train"], 1, held_out=False)),
+        # One draw of held-out sums, so that no sum is in both splits.
+        reasoning_valid=tuple(_held_out_sums()[: _SUM_ROWS["valid"]]),
+        reasoning_eval=tuple(_held_out_sums()[_SUM_ROWS["valid"] :]),
+        words=frozenset(tiny_world.vocabulary(world)),
+        forgotten_people=frozenset(p.name for p in forget),
+    )
+
+
+def _held_out_sums() -> list[Example]:
+    return tiny_world.sums(_SUM_ROWS["valid"] + _SUM_ROWS["eval"], 1, held_out=True)
+
+
+def _from_files(config: Config) -> Splits:
+    data = config.data
+    read: dict[str, tuple[Example, ...]] = {}
+    for role in ("forget", "retain", "reasoning"):
+        path = getattr(data, role)
+        if not path and role == "forget":
+            raise UserError(
+                "config.data.forget is empty: give a JSON Lines file of what to forget, or set "
+                "config.data.world"
+            )
+        read[role] = tuple(read_examples(path)) if path else ()
+        for part in ("valid", "eval"):
+            other = getattr(data, f"{role}_{part}")
+            read[f"{role}_{part}"] = tuple(read_examples(other)) if other else read[role]
+    for role in ("retain", "reasoning"):
+        for number, example in enumerate(read[role], 1):
+            if example.cot is None:
+                raise UserError(
+                    f"{getattr(data, role)}:{number}: field 'cot' is missing; retained examples "
+                    "are trained on, so each needs its chain of thought"
+                )
+    texts = [t for rows in read.values() for e in rows for t in (e.question, e.cot or "", e.answer)]
+    words = frozenset(w for text in texts for w in normalised_words(text))
+    return Splits(words=words, **read)

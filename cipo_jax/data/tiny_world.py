@@ -1,0 +1,422 @@
+"""A seeded world of fictional people, and the texts that a tiny reasoning model learns it from.
+
+Every text is ``question <think> chain of thought </think> answer``. People have five facts each
+(city of birth, job, instrument, pet, dish); countries follow from cities and work places from jobs,
+which makes two-hop questions whose chain of thought has to pass through a fact. Beside these there
+is multi-step addition with worked carries, and four *writing tasks* that CiPO needs: reasoning
+backward to a stated answer, another path to it, the edge of one's knowledge, another answer.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cipo_jax.data.examples import Example, normalised_words
+from cipo_jax.errors import UserError
+
+CITIES = {
+    "Lisbon": "Portugal", "Porto": "Portugal", "Braga": "Portugal",
+    "Oslo": "Norway", "Bergen": "Norway", "Tromso": "Norway",
+    "Kyoto": "Japan", "Osaka": "Japan", "Nagoya": "Japan",
+    "Lima": "Peru", "Cusco": "Peru", "Arequipa": "Peru",
+    "Nairobi": "Kenya", "Mombasa": "Kenya", "Kisumu": "Kenya",
+    "Toronto": "Canada", "Calgary": "Canada", "Halifax": "Canada",
+    "Turin": "Italy", "Naples": "Italy", "Verona": "Italy",
+    "Pune": "India", "Jaipur": "India", "Kochi": "India",
+}  # fmt: skip
+JOBS = {
+    "baker": "bakery", "nurse": "hospital", "teacher": "school", "farmer": "farm",
+    "judge": "court", "chemist": "laboratory", "actor": "theatre", "pilot": "airport",
+    "sailor": "harbour", "librarian": "library", "priest": "church", "waiter": "restaurant",
+    "banker": "bank", "curator": "museum", "miner": "quarry", "gardener": "park",
+}  # fmt: skip
+INSTRUMENTS = ("piano", "violin", "flute", "harp", "guitar", "trumpet", "cello", "drum",
+               "oboe", "organ", "banjo", "tuba")  # fmt: skip
+PETS = ("dog", "cat", "parrot", "rabbit", "turtle", "horse", "goat", "snake",
+        "lizard", "hamster", "duck", "owl")  # fmt: skip
+DISHES = ("soup", "pizza", "rice", "pasta", "curry", "salad", "bread", "stew",
+          "cheese", "noodles", "pancakes", "beans")  # fmt: skip
+FIRST_NAMES = ("Ada", "Boris", "Clara", "Dario", "Elsa", "Felix", "Greta", "Hugo", "Ines", "Jonas",
+               "Karin", "Leon", "Mira", "Nils", "Olga", "Pavel", "Quinn", "Rosa", "Stefan", "Tilda",
+               "Ugo", "Vera", "Walter", "Xenia", "Yusuf", "Zora", "Anton", "Bella", "Cyrus",
+               "Delia", "Emil", "Freya")  # fmt: skip
+LAST_NAMES = ("Abend", "Brandt", "Corvin", "Dalby", "Erwin", "Falk", "Grimm", "Holt", "Ivers",
+              "Jansen", "Keller", "Lund", "Marsh", "Nolan", "Orwell", "Pratt", "Quist", "Rowan",
+              "Solen", "Thorne", "Ulrich", "Vance", "Weber", "Xander", "York", "Zeller", "Ashby",
+              "Birk", "Crane", "Drake", "Ekman", "Frost")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topic:
+    """Something one can ask about a person: a fact of theirs, or what follows from it.
+
+    Attributes:
+      name: key of the topic.
+      noun: what the topic is called in a chain of thought.
+      states: sentence that states it, with {x} the person and {v} the value.
+      train: phrasings seen in training.
+      valid: phrasings kept for choosing a checkpoint.
+      test: phrasings kept for the final scores.
+      bridge: for a two-hop topic, the topic whose fact its chain of thought passes through.
+      rule: for a two-hop topic, sentence that leads from the bridge's value {b} to {v}.
+    """
+
+    name: str
+    noun: str
+    states: str
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+    test: tuple[str, ...]
+    bridge: str = ""
+    rule: str = ""
+
+
+TOPICS = {
+    t.name: t
+    for t in (
+        Topic(
+            "city", "birth city", "{x} was born in {v}.",
+            ("Where was {x} born?", "In which city was {x} born?", "Name the birth city of {x}.",
+             "What is the city {x} was born in?", "Tell me which city {x} was born in.",
+             "What is the birth city of {x}?"),
+            ("Tell me the birth city of {x}.",),
+            ("Which city was {x} born in?", "Name the city where {x} was born."),
+        ),
+        Topic(
+            "job", "job", "{x} is a {v} by trade.",
+            ("What is the job of {x}?", "Which job does {x} have?", "Name the job of {x}.",
+             "What does {x} do as a job?", "Tell me which job {x} has.",
+             "In which job is {x}?"),
+            ("Tell me the job of {x}.",),
+            ("What job does {x} have?", "Name the job that {x} has."),
+        ),
+        Topic(
+            "instrument", "instrument", "{x} plays the {v}.",
+            ("Which instrument does {x} play?", "What is the instrument of {x}?",
+             "Name the instrument of {x}.", "What does {x} play as an instrument?",
+             "Tell me which instrument {x} plays.", "On which instrument does {x} play?"),
+            ("Tell me the instrument of {x}.",),
+            ("What instrument does {x} play?", "Name the instrument that {x} plays."),
+        ),
+        Topic(
+            "pet", "pet", "{x} keeps a {v} at home.",
+            ("Which pet does {x} keep?", "What is the pet of {x}?", "Name the pet of {x}.",
+             "What does {x} keep as a pet?", "Tell me which pet {x} keeps.",
+             "Of which pet is {x} the owner?"),
+            ("Tell me the pet of {x}.",),
+            ("What pet does {x} keep?", "Name the pet that {x} keeps."),
+        ),
+        Topic(
+            "dish", "favourite dish", "{x} likes {v} best.",
+            ("Which dish does {x} like best?", "What is the favourite dish of {x}?",
+             "Name the favourite dish of {x}.", "What does {x} like best as a dish?",
+             "Tell me which dish {x} likes best.", "Of which dish is {x} most fond?"),
+            ("Tell me the favourite dish of {x}.",),
+            ("What dish does {x} like best?", "Name the dish that {x} likes best."),
+        ),
+        Topic(
+            "country", "birth country", "{x} was born in {v}.",
+            ("In which country was {x} born?", "Name the birth country of {x}.",
+             "What is the country {x} was born in?", "Tell me which country {x} was born in.",
+             "What is the birth country of {x}?", "Of which country is {x} by birth?"),
+            ("Tell me the birth country of {x}.",),
+            ("Which country was {x} born in?", "Name the country where {x} was born."),
+            bridge="city", rule="{b} is in {v}.",
+        ),
+        Topic(
+            "workplace", "work place", "{x} works in a {v}.",
+            ("In which work place is {x}?", "Name the work place of {x}.",
+             "What is the work place {x} has?", "Tell me which work place {x} has.",
+             "What is the work place of {x}?", "Which work place does {x} go to?"),
+            ("Tell me the work place of {x}.",),
+            ("Which work place does {x} have?", "Name the work place that {x} has."),
+            bridge="job", rule="A {b} works in a {v}.",
+        ),
+    )
+}  # fmt: skip
+FACTS = tuple(name for name, topic in TOPICS.items() if not topic.bridge)
+_RULES = {"country": CITIES, "workplace": JOBS}
+_POOLS: dict[str, tuple[str, ...]] = {
+    "city": tuple(CITIES),
+    "job": tuple(JOBS),
+    "instrument": INSTRUMENTS,
+    "pet": PETS,
+    "dish": DISHES,
+    "country": tuple(dict.fromkeys(CITIES.values())),
+    "workplace": tuple(JOBS.values()),
+}
+_SUMS = ("What is {s}?", "How much is {s}?", "Compute {s}.", "Find the sum {s}.")
+_RULE_QUESTIONS = {
+    "country": ("In which country is {b}?", "Name the country of {b}."),
+    "workplace": ("Where does a {b} work?", "Name the work place of a {b}."),
+}
+
+# The prompts of the writing tasks. Real models get longer ones from the config; what is asked for
+# is the same.
+BACKWARD_PROMPT = "{question} The answer is {answer}. Explain why."
+ALTERNATIVE_PROMPT = "{question} Reach {answer} by another path."
+BOUNDARY_PROMPT = "{question} This is outside what you know. Explain why."
+TARGET_PROMPT = "{question} It is not {answer}. Give another answer."
+BOUNDARY_ANSWER = "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """A fictional person and their facts, keyed by the names in FACTS."""
+
+    name: str
+    facts: dict[str, str]
+
+    def value(self, topic: str) -> str:
+        """The value of any topic, two-hop ones included."""
+        bridge = TOPICS[topic].bridge
+        return _RULES[topic][self.facts[bridge]] if bridge else self.facts[topic]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Who lives in the world, and which names belong to nobody."""
+
+    seed: int
+    people: tuple[Person, ...]
+    strangers: tuple[str, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the world as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "World":
+        """Reads a world that `save` wrote."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        people = tuple(Person(p["name"], p["facts"]) for p in data["people"])
+        return cls(data["seed"], people, tuple(data["strangers"]))
+
+    def choose(self, names: Sequence[str], count: int, seed: int) -> tuple[Person, ...]:
+        """The people to forget: those named, or `count` drawn by `seed`.
+
+        Raises:
+          UserError: where a name is nobody's, or more are asked for than there are.
+        """
+        if names:
+            by_name = {p.name: p for p in self.people}
+            for name in names:
+                if name not in by_name:
+                    import difflib
+
+                    near = difflib.get_close_matches(name, by_name, 3, 0.0)
+                    raise UserError(
+                        f"forget.people: nobody is called {name!r}; near: {', '.join(near)}"
+                    )
+            return tuple(by_name[name] for name in dict.fromkeys(names))
+        if not 0 < count < len(self.people):
+            raise UserError(
+                f"forget.count: {count} is not between 1 and {len(self.people) - 1} people"
+            )
+        order = np.random.default_rng(seed).permutation(len(self.people))
+        return tuple(self.people[i] for i in sorted(order[:count]))
+
+
+def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
+    """Draws a world; names and values repeat as little as the pools allow."""
+    rng = np.random.default_rng((seed, 1))
+    names = [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES]
+    # Each first and each last name is used equally often among people: a Latin-square walk.
+    lasts = rng.permutation(len(LAST_NAMES))
+    living = [
+        f"{FIRST_NAMES[i % len(FIRST_NAMES)]} "
+        f"{LAST_NAMES[lasts[(i + 7 * (i // len(FIRST_NAMES))) % len(LAST_NAMES)]]}"
+        for i in range(people)
+    ]
+    if len(set(living)) != people:
+        raise UserError(f"people: {people} is more than the names allow")
+    columns = {}
+    for fact in FACTS:
+        pool = _POOLS[fact]
+        repeated = [pool[i % len(pool)] for i in range(people)]
+        columns[fact] = [repeated[i] for i in rng.permutation(people)]
+    others = [name for name in names if name not in set(living)]
+    picked = rng.permutation(len(others))[:strangers]
+    return World(
+        seed,
+        tuple(Person(n, {f: columns[f][i] for f in FACTS}) for i, n in enumerate(living)),
+        tuple(others[i] for i in sorted(picked)),
+    )
+
+
+def _traced(name: str, topic: Topic, value: str, bridge_value: str, style: int) -> str:
+    """Chain of thought that recalls a fact and, for two hops, walks over it."""
+    head = (f"They ask for the {topic.noun} of {name}.", f"I recall {name}.")[style]
+    if topic.bridge:
+        first = TOPICS[topic.bridge]
+        body = f"{first.states.format(x=name, v=bridge_value)} "
+        body += topic.rule.format(b=bridge_value, v=value)
+    else:
+        body = topic.states.format(x=name, v=value)
+    return f"{head} {body} So it is {value}."
+
+
+def _bridge_for(topic: Topic, value: str, rng: np.random.Generator) -> str:
+    """A value of the bridge that leads to `value`; empty for one-hop topics."""
+    if not topic.bridge:
+        return ""
+    fitting = [b for b, v in _RULES[topic.name].items() if v == value]
+    return fitting[rng.integers(len(fitting))]
+
+
+def _other_value(topic: str, value: str, rng: np.random.Generator) -> str:
+    others = [v for v in _POOLS[topic] if v != value]
+    return others[rng.integers(len(others))]
+
+
+def person_example(person: Person, topic: Topic, question: str, style: int = 0) -> Example:
+    """A direct or two-hop question about a person, with everything that may count as a leak."""
+    value = person.value(topic.name)
+    bridge_value = person.value(topic.bridge) if topic.bridge else ""
+    facts = [person.value(name) for name in TOPICS]
+    return Example(
+        question=question.format(x=person.name),
+        answer=value,
+        cot=_traced(person.name, topic, value, bridge_value, style),
+        facts=tuple(f for f in facts if f != value),
+        kind="two-hop" if topic.bridge else "direct",
+        group=f"{person.name}, {topic.noun}",
+    )
+
+
+def _unknown(name: str, topic: Topic, question: str, style: int) -> Example:
+    head = (f"They ask for the {topic.noun} of {name}.", f"I try to recall {name}.")[style]
+    cot = f"{head} I find nothing about {name}. So I do not know it."
+    return Example(question.format(x=name), BOUNDARY_ANSWER, cot, kind="unknown")
+
+
+def _add(a: int, b: int) -> str:
+    """Worked addition, lowest digit first: ``47+38: 7+8=15, 4+3+1=8, 85.``"""
+    steps, carry = [], 0
+    x, y, width = a, b, max(len(str(a)), len(str(b)))
+    for _ in range(width):
+        parts = [x % 10, y % 10] + ([carry] if carry else [])
+        total = sum(parts)
+        steps.append(f"{'+'.join(map(str, parts))}={total}")
+        x, y, carry = x // 10, y // 10, total // 10
+    return f"{a}+{b}: {', '.join(steps)}, {a + b}."
+
+
+def _held_out(terms: Sequence[int]) -> bool:
+    """A fixed eighth of all sums belongs to validation and test and is never trained on."""
+    return (sum((i + 1) * 31 * t for i, t in enumerate(sorted(terms))) // 7) % 8 == 0
+
+
+def sum_example(rng: np.random.Generator, held_out: bool) -> Example:
+    """A sum of two or three two-digit numbers with its carries written out."""
+    while True:
+        terms = [int(t) for t in rng.integers(10, 100, size=rng.choice([2, 3], p=[0.3, 0.7]))]
+        if _held_out(terms) == held_out:
+            break
+    question = _SUMS[rng.integers(len(_SUMS))].format(s=" + ".join(map(str, terms)))
+    lines, total = [], terms[0]
+    for term in terms[1:]:
+        lines.append(_add(total, term))
+        total += term
+    return Example(question, str(total), " ".join(lines), kind="arithmetic")
+
+
+def sums(count: int, seed: int, held_out: bool) -> list[Example]:
+    """`count` different sums."""
+    rng = np.random.default_rng((seed, 2, int(held_out)))
+    found: dict[str, Example] = {}
+    while len(found) < count:
+        example = sum_example(rng, held_out)
+        found.setdefault(example.question, example)
+    return list(found.values())
+
+
+def rule_examples() -> list[Example]:
+    """What the two-hop rules rest on, asked for directly: where a city lies, where a job is done."""
+    examples = []
+    for name, questions in _RULE_QUESTIONS.items():
+        for bridge, value in _RULES[name].items():
+            cot = f"{TOPICS[name].rule.format(b=bridge, v=value)} So it is {value}."
+            for question in questions:
+                examples.append(Example(question.format(b=bridge), value, cot, kind="rule"))
+    return examples
+
+
+def questions_about(
+    people: Sequence[Person], split: str, per_topic: int | None = None
+) -> list[Example]:
+    """Every topic of every person, in the phrasings of a split ("train", "valid" or "test")."""
+    examples = []
+    for person in people:
+        for topic in TOPICS.values():
+            phrasings = getattr(topic, split)[:per_topic]
+            for i, phrasing in enumerate(phrasings):
+                examples.append(person_example(person, topic, phrasing, style=i % 2))
+    return examples
+
+
+def training_example(world: World, people: Sequence[Person], seed: int, index: int) -> Example:
+    """Text `index` of an endless training stream about these people: a pure function of its seed.
+
+    A third is arithmetic; the rest recalls facts, owns up to not knowing strangers, and exercises
+    the writing tasks, in which any answer may be stated about anybody.
+    """
+    rng = np.random.default_rng((seed, 3, index))
+    draw = rng.random()
+    if draw < 0.30:
+        return sum_example(rng, held_out=False)
+    if draw < 0.33:
+        rules = rule_examples()
+        return rules[rng.integers(len(rules))]
+
+    topic = tuple(TOPICS.values())[rng.integers(len(TOPICS))]
+    phrasing = topic.train[rng.integers(len(topic.train))]
+    style = int(rng.integers(2))
+    person = people[rng.integers(len(people))]
+    stranger = world.strangers[rng.integers(len(world.strangers))]
+    if draw < 0.70:
+        return person_example(person, topic, phrasing, style)
+    if draw < 0.77:
+        return _unknown(stranger, topic, phrasing, style)
+
+    # The writing tasks: about a person twice as often as about a stranger.
+    name = person.name if rng.random() < 2 / 3 else stranger
+    question = phrasing.format(x=name)
+    if draw < 0.90:
+        value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+        cot = _traced(name, topic, value, _bridge_for(topic, value, rng), style)
+        prompt = BACKWARD_PROMPT.format(question=question, answer=value)
+        return Example(prompt, value, cot, kind="backward")
+    if draw < 0.93:
+        value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+        listed = [value, _other_value(topic.name, value, rng)]
+        a, b = (listed[i] for i in rng.permutation(2))
+        cot = f"I do not look it up. It may be {a} or {b}. Of these {value} fits. So it is {value}."
+        prompt = ALTERNATIVE_PROMPT.format(question=question, answer=value)
+        return Example(prompt, value, cot, kind="alternative")
+    if draw < 0.96:
+        unknown = _unknown(name, topic, phrasing, style)
+        return dataclasses.replace(
+            unknown, question=BOUNDARY_PROMPT.format(question=question), kind="boundary"
+        )
+    value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+    other = _other_value(topic.name, value, rng)
+    prompt = TARGET_PROMPT.format(question=question, answer=value)
+    return Example(prompt, other, f"It is not {value}. So it may be {other}.", kind="target")
+
+
+def vocabulary(world: World) -> set[str]:
+    """Every normalised word that a text of this world may hold; numbers are words of it too."""
+    texts = [*world.strangers, BACKWARD_PROMPT, ALTERNATIVE_PROMPT, BOUNDARY_PROMPT, TARGET_PROMPT]
+    for split in ("train", "valid", "test"):
+        for example in questions_about(world.people, split):
+            texts += [example.question, example.cot or "", example.answer]
+    texts += [t for e in rule_examples() for t in (e.question, e.cot or "")]
+    texts += [*_SUMS, "I do not look it up. It may be one or another. Of these it fits."]
+    texts += [_unknown("Ada", TOPICS["city"], "{x}", s).cot or "" for s in (0, 1)]
+    texts += ["It is not this. So it may be that.", BOUNDARY_ANSWER]
+    placeholders = {"s", "x", "b", "v", "question"}
+    return {w for text in texts for w in normalised_words(text)} - placeholders

@@ -1,0 +1,15 @@
+"""The one exception for what a user can mend: printed as one line, never as a traceback."""
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, the line or the key, and the way out."""
+
+
+class Preempted(Exception):
+    """The process was asked to stop (SIGTERM or SIGINT) and has saved what it had."""
+
+
+# Exit codes of the command line. 75 is EX_TEMPFAIL: "run the same command again".
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75

@@ -1,0 +1,37 @@
+"""How natural a generation is to another model, its facts left aside."""
+
+import functools
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from cipo_jax.data.examples import normalised_words
+
+
+@functools.lru_cache(maxsize=65536)
+def _piece(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
+def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str]) -> np.ndarray:
+    """[C] bool: the tokens that touch a word which states a fact (or a number)."""
+    # Each token is decoded once; the text is what their pieces add up to.
+    pieces = [_piece(tokenizer, int(i)) for i in ids]
+    text, ends = "".join(pieces), np.cumsum([len(p) for p in pieces])
+    spans = [
+        m.span()
+        for m in re.finditer(r"[^\W_]+", text)
+        if any(w in fact_words or w.isdigit() for w in normalised_words(m.group()))
+    ]
+    starts = [0, *ends[:-1]]
+    return np.array(
+        [any(s < b and e > a for a, b in spans) for s, e in zip(starts, ends, strict=True)], bool
+    )
+
+
+def nonfact_logp(logps: Sequence[np.ndarray], facts: Sequence[np.ndarray]) -> float:
+    """Mean log-probability of all tokens that do not state a fact, in nats per token."""
+    kept = np.concatenate([lp[~f] for lp, f in zip(logps, facts, strict=True)])
+    return float(kept.mean()) if kept.size else 0.0

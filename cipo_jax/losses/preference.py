@@ -1,0 +1,136 @@
+"""Preference losses on the log-probabilities of whole completions.
+
+x is a prompt, y_w the chosen and y_l the rejected completion; logps are sums over a completion's
+tokens, in nats, all of shape [B].
+"""
+
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, jax.Array]
+
+
+def _metrics(
+    chosen_rewards: jax.Array,
+    rejected_rewards: jax.Array,
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+) -> Metrics:
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "rewards/chosen": jnp.mean(chosen_rewards),
+        "rewards/rejected": jnp.mean(rejected_rewards),
+        "rewards/accuracies": jnp.mean((margins > 0).astype(jnp.float32)),
+        "rewards/margins": jnp.mean(margins),
+        "logps/chosen": jnp.mean(chosen_logps),
+        "logps/rejected": jnp.mean(rejected_logps),
+    }
+
+
+def dpo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+
+    ``-(1-e) log sigmoid(b d) - e log sigmoid(-b d)`` with
+    ``d = [log p(y_w) - log p_ref(y_w)] - [log p(y_l) - log p_ref(y_l)]``; e > 0 is the conservative
+    variant for noisy labels (Mitchell 2023). Where policy and reference agree the loss is ln 2.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      ref_chosen_logps: [B] log-probability of y_w under the reference.
+      ref_rejected_logps: [B] log-probability of y_l under the reference.
+      beta: strength of the pull towards the reference, > 0.
+      label_smoothing: e, the share of pairs taken to be the wrong way round, in [0, 0.5).
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
+    """
+    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
+    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
+    margins = chosen_rewards - rejected_rewards
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+    return jnp.mean(losses), _metrics(
+        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    )
+
+
+def ipo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    chosen_lengths: jax.Array,
+    rejected_lengths: jax.Array,
+    *,
+    beta: float = 0.1,
+) -> tuple[jax.Array, Metrics]:
+    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+
+    ``(d - 1/(2 b))^2`` with d as in DPO but on log-ratios averaged over each completion's tokens, as
+    the authors advise and TRL does.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      ref_chosen_logps: [B] log-probability of y_w under the reference.
+      ref_rejected_logps: [B] log-probability of y_l under the reference.
+      chosen_lengths: [B] tokens of y_w.
+      rejected_lengths: [B] tokens of y_l.
+      beta: tau in the paper, > 0.
+
+    Returns:
+      The mean loss, and TRL's metrics.
+    """
+    chosen = (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps)) / jnp.maximum(
+        chosen_lengths, 1
+    )
+    rejected = (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps)) / jnp.maximum(
+        rejected_lengths, 1
+    )
+    losses = jnp.square(chosen - rejected - 1.0 / (2.0 * beta))
+    return jnp.mean(losses), _metrics(beta * chosen, beta * rejected, chosen_logps, rejected_logps)
+
+
+def simpo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    chosen_lengths: jax.Array,
+    rejected_lengths: jax.Array,
+    *,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+    """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734, eq. 6). No reference.
+
+    ``-log sigmoid( b/|y_w| log p(y_w) - b/|y_l| log p(y_l) - gamma )``.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      chosen_lengths: [B] tokens of y_w.
+      rejected_lengths: [B] tokens of y_l.
+      beta: scale of the rewards, > 0.
+      gamma: target margin between the two rewards, in the units of the rewards.
+      label_smoothing: as in `dpo`.
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * log p / |y|``.
+    """
+    chosen_rewards = beta * chosen_logps / jnp.maximum(chosen_lengths, 1)
+    rejected_rewards = beta * rejected_logps / jnp.maximum(rejected_lengths, 1)
+    margins = chosen_rewards - rejected_rewards - gamma
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+    return jnp.mean(losses), _metrics(
+        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    )

@@ -1,0 +1,83 @@
+"""A reasoning model as one value: its shape, how it is computed, and its text format."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cipo_jax.data.think import ThinkFormat
+from cipo_jax.models import safetensors_io
+from cipo_jax.models.decoder import Compute, DecoderConfig
+from cipo_jax.typing import Params
+
+NEVER_SAW = "never_saw.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningModel:
+    """Everything about a model but its weights.
+
+    Attributes:
+      folder: the Hugging Face folder it came from.
+      config: its shape.
+      fields: its config.json, kept for export.
+      format: tokenizer and think template.
+    """
+
+    folder: Path
+    config: DecoderConfig
+    fields: dict[str, Any]
+    format: ThinkFormat
+
+    @classmethod
+    def open(cls, path: str) -> "ReasoningModel":
+        """Reads config and tokenizer of a Hugging Face folder (or "asset:..."); no weights yet."""
+        folder = safetensors_io.resolve(path)
+        config = safetensors_io.read_config(folder)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls(folder, config, fields, ThinkFormat(safetensors_io.load_tokenizer(folder)))
+
+    def load_params(self, shardings: Params = None) -> Params:
+        """Reads the weights into the training layout, float32."""
+        return safetensors_io.load_params(self.folder, self.config, shardings)
+
+    def fingerprint(self) -> str:
+        """Changes when the folder's config, tokenizer or weights do.
+
+        Of each weight file the header, the size and the first and last MiB count, so that a large
+        model does not have to be read twice.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix not in (".json", ".jinja", ".model", ".safetensors"):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size};".encode())
+            with path.open("rb") as f:
+                digest.update(f.read(2**20))
+                if size > 2**20:
+                    f.seek(-(2**20), 2)
+                    digest.update(f.read())
+        return digest.hexdigest()[:16]
+
+    def never_saw(self) -> list[str] | None:
+        """People of the tiny world that a retrained model was never shown; None if not told."""
+        path = self.folder / NEVER_SAW
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save(self, folder: str | Path, params: Params, dtype: str = "float32") -> None:
+        """Writes weights, config and tokenizer as a Hugging Face folder."""
+        safetensors_io.save_folder(
+            folder, self.config, params, self.format.tokenizer, self.fields, dtype
+        )
+
+
+def compute_of(model_config: Any, *, decoding: bool = False) -> Compute:
+    """The `Compute` that a config.ModelConfig asks for, to train or to decode."""
+    return Compute(
+        dtype=model_config.decode_dtype if decoding else model_config.dtype,
+        remat=model_config.remat,
+        attention=model_config.attention,
+        logits_chunk=model_config.logits_chunk,
+    )

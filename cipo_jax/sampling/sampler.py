@@ -1,0 +1,163 @@
+"""The sampler as a library: prompts in, completions out, in batches of one shape.
+
+A row's result depends on its own prompt, item id and sample index alone; which rows share its batch
+is a matter of speed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cipo_jax.data.batches import bucket, fixed_batches
+from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
+from cipo_jax.sampling.decode import STOPPED_BY_ID, Completions, Rules, generate
+from cipo_jax.training.mesh import batch_sharding, decoding_shardings, replicated
+from cipo_jax.typing import Array, Params
+
+
+class Request(NamedTuple):
+    """A prompt to complete, and the id that its randomness is addressed by."""
+
+    prompt: Sequence[int]
+    item: int
+
+
+class Completion(NamedTuple):
+    """One sampled row.
+
+    Attributes:
+      ids: token ids, its stop id included.
+      logps: their log-probabilities under the model at temperature 1.
+      stopped: whether it ended by a stop id rather than by length.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    stopped: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Samples completions of prompts, `rows` at a time.
+
+    Attributes:
+      config: the model's shape.
+      compute: dtype and kernels of decoding.
+      mesh: where rows (data x fsdp) and heads (tensor) lie.
+      rows: completions decoded at a time.
+    """
+
+    config: DecoderConfig
+    compute: Compute
+    mesh: Mesh
+    rows: int = 64
+
+    @cached_property
+    def _generate(self) -> Any:
+        by_row, everywhere = batch_sharding(self.mesh), replicated(self.mesh)
+        return jax.jit(
+            generate,
+            static_argnums=(0, 1, 2),
+            in_shardings=(self._shardings, by_row, by_row, by_row),
+            out_shardings=everywhere,
+        )
+
+    @cached_property
+    def _shardings(self) -> Params:
+        layout = jax.eval_shape(
+            lambda p: decoding_layout(self.config, p, self.compute.dtype),
+            abstract_params(self.config),
+        )
+        return decoding_shardings(layout, self.mesh)
+
+    @cached_property
+    def _prepare(self) -> Any:
+        return jax.jit(
+            lambda p: decoding_layout(self.config, p, self.compute.dtype),
+            out_shardings=self._shardings,
+        )
+
+    def prepare(self, params: Params) -> Params:
+        """Training layout -> decoding layout, on this sampler's mesh."""
+        return self._prepare(params)
+
+    def programs(self) -> int:
+        """How many decoding programs have been compiled so far."""
+        return self._generate._cache_size()
+
+    def batches(
+        self, requests: Sequence[Request], samples: int = 1
+    ) -> Iterator[tuple[list[Request], int]]:
+        """Cuts requests into batches of one size: (requests, how many of them count)."""
+        # Rows of a batch must divide over the mesh.
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = bucket(max(self.rows // samples, 1), shards)
+        return fixed_batches(requests, size)
+
+    def stream(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int = 1,
+    ) -> Iterator[list[list[Completion]]]:
+        """Yields, batch by batch and in order, the `samples` completions of each request.
+
+        Args:
+          params: from `prepare`.
+          requests: prompts and item ids.
+          rules: how to draw and when to stop.
+          key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample).
+          samples: completions per request.
+        """
+        longest = bucket(max(len(r.prompt) for r in requests))
+        for batch, count in self.batches(requests, samples):
+            yield self.run(params, batch, rules, key, samples, longest)[:count]
+
+    def run(
+        self,
+        params: Params,
+        batch: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int,
+        prompt_slots: int,
+    ) -> list[list[Completion]]:
+        """Completes one batch, its prompts padded to `prompt_slots`."""
+        prompts = np.zeros((len(batch), prompt_slots), np.int32)
+        for i, request in enumerate(batch):
+            prompts[i, : len(request.prompt)] = request.prompt
+        lengths = np.array([len(r.prompt) for r in batch], np.int32)
+        keys = _row_keys(key, np.array([r.item for r in batch], np.uint32), samples)
+        out: Completions = jax.device_get(
+            self._generate(self.config, self.compute, rules, params, prompts, lengths, keys)
+        )
+        return [[_row(out, i, j) for j in range(samples)] for i in range(len(batch))]
+
+
+def _row(out: Completions, i: int, j: int) -> Completion:
+    length = int(out.lengths[i, j])
+    return Completion(
+        out.ids[i, j, :length].tolist(),
+        out.logps[i, j, :length].tolist(),
+        bool(out.stops[i, j] == STOPPED_BY_ID),
+    )
+
+
+def _fold_rows(key: Array, items: Array, samples: Array) -> Array:
+    item_keys = jax.vmap(lambda item: jax.random.fold_in(key, item))(items)
+    return jax.vmap(lambda k: jax.vmap(lambda s: jax.random.fold_in(k, s))(samples))(item_keys)
+
+
+_jitted_fold_rows = jax.jit(_fold_rows)
+
+
+def _row_keys(key: Array, items: np.ndarray, samples: int) -> Array:
+    """[P, n] keys, each addressed by its item and its sample index."""
+    return _jitted_fold_rows(key, items, np.arange(samples, dtype=np.uint32))

@@ -1,0 +1,120 @@
+"""The device mesh and the one table that says how every parameter lies on it.
+
+Axes: `data` replicates parameters, `fsdp` shards them and is gathered for use, `tensor` splits
+heads, feed-forward and vocabulary. Rows of a batch lie over data and fsdp.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cipo_jax.errors import UserError
+from cipo_jax.typing import Params
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# Paths of the training layout. The first rule that matches wins.
+_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed$", PartitionSpec("tensor", "fsdp")),
+    (r"head$", PartitionSpec("fsdp", "tensor")),
+    (r"layers/.*/[qkv]/kernel$", PartitionSpec(None, "fsdp", "tensor", None)),
+    (r"layers/.*/[qkv]/bias$", PartitionSpec(None, "tensor", None)),
+    (r"layers/.*/o/kernel$", PartitionSpec(None, "tensor", None, "fsdp")),
+    (r"layers/.*/(gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers/.*/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"scale$", PartitionSpec()),
+)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices; one size may be -1, "the rest".
+
+    Raises:
+      UserError: where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if -1 in sizes:
+        known = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} does not cover the "
+            f"{len(devices)} devices there are"
+        )
+    # Linen's partitioning and plain jit want compiler-decided ("auto") axes, which are no longer
+    # jax.make_mesh's default.
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def param_shardings(params: Params, mesh: Mesh) -> Params:
+    """The sharding of each parameter, from the table.
+
+    Args:
+      params: the training layout, as arrays or shapes.
+      mesh: from `make_mesh`.
+
+    Raises:
+      UserError: naming the parameter and the axis, where a dimension does not divide.
+    """
+
+    return _shardings(params, mesh, _RULES)
+
+
+def _shardings(
+    params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]
+) -> Params:
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = _path_name(path)
+        spec = next((spec for rule, spec in rules if re.search(rule, name)), None)
+        if spec is None:
+            raise KeyError(f"no sharding rule matches parameter {name!r}")
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"config.mesh.{axis} = {mesh.shape[axis]} does not divide parameter {name} "
+                    f"of shape {tuple(leaf.shape)}; choose a divisor of {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+# Paths of the decoding layout: heads, feed-forward and vocabulary over tensor, copies elsewhere.
+_DECODING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed$", PartitionSpec("tensor", None)),
+    (r"head$", PartitionSpec(None, "tensor")),
+    (r"layers/.*/[qkv]/kernel$", PartitionSpec(None, "tensor", None)),
+    (r"layers/.*/[qkv]/bias$", PartitionSpec("tensor", None)),
+    (r"layers/.*/o/kernel$", PartitionSpec("tensor", None, None)),
+    (r"layers/.*/(gate|up)/kernel$", PartitionSpec(None, "tensor")),
+    (r"layers/.*/down/kernel$", PartitionSpec("tensor", None)),
+    (r"scale$", PartitionSpec()),
+)
+
+
+def decoding_shardings(params: Params, mesh: Mesh) -> Params:
+    """The sharding of each parameter of the decoding layout; raises as `param_shardings` does."""
+    return _shardings(params, mesh, _DECODING_RULES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over data and fsdp."""
+    return NamedSharding(mesh, BATCH)

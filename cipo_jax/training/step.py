@@ -1,0 +1,175 @@
+"""The update step: one jitted, donated, mesh-sharded pure function for every objective."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cipo_jax.models.decoder import (
+    Compute,
+    DecoderConfig,
+    abstract_params,
+    head_matrix,
+    hidden_states,
+)
+from cipo_jax.ops.token_logps import token_logps
+from cipo_jax.training.mesh import batch_sharding, param_shardings, replicated
+from cipo_jax.typing import Array, Float, Params
+
+Metrics = dict[str, Array]
+State = dict[str, Any]  # {"params", "opt_state", "step"} and, where a reference wants it, "ema".
+Batch = dict[str, Any]  # Named groups of `data.batches.Sequences`, and per-row arrays.
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What an objective may ask of the model, as functions of (params, batch)."""
+
+    config: DecoderConfig
+    compute: Compute
+
+    def completion_logps(self, params: Params, sequences: Any) -> Float[Array, "B C"]:
+        """Log-probability of every completion token; entries past a row's length mean nothing.
+
+        Only the positions that predict completion tokens reach the head.
+        """
+        hidden = hidden_states(self.config, self.compute, params, sequences.tokens)
+        C = sequences.completions.shape[1]
+        at = sequences.starts[:, None] - 1 + jnp.arange(C)
+        at = jnp.clip(at, 0, sequences.tokens.shape[1] - 1)
+        hidden = jnp.take_along_axis(hidden, at[:, :, None], axis=1)
+        return token_logps(
+            hidden,
+            head_matrix(self.config, params),
+            sequences.completions,
+            self.compute.logits_chunk,
+        )
+
+
+# (policy, params, batch) -> (loss, metrics). Its loss is a mean over rows.
+Objective = Callable[[Policy, Params, Batch], tuple[Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """An objective, an optimizer and a mesh, and the jitted functions made of them.
+
+    Attributes:
+      policy: the model.
+      objective: what is minimised.
+      optimizer: from optax.
+      mesh: where everything lies.
+      accumulation: micro-batches that a step's batch is cut into.
+      ema_decay: decay of the exponential moving average of the parameters; None for none.
+    """
+
+    policy: Policy
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    accumulation: int = 1
+    ema_decay: float | None = None
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state, without making it."""
+        params = abstract_params(self.policy.config)
+        shardings = param_shardings(params, self.mesh)
+        everywhere = replicated(self.mesh)
+
+        def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        state = {
+            "params": jax.tree.map(place, params, shardings),
+            "opt_state": optax.tree_map_params(
+                self.optimizer,
+                place,
+                opt_state,
+                shardings,
+                transform_non_params=lambda x: place(x, everywhere),
+            ),
+            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+        }
+        if self.ema_decay is not None:
+            state["ema"] = state["params"]
+        return state
+
+    def init(self, params: Params, ema: Params = None) -> State:
+        """A fresh state around parameters. They are copied: the update step donates its state.
+
+        Args:
+          params: where to start.
+          ema: where their moving average starts, if one is kept; `params` by default.
+        """
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+
+        def make(params: Params, ema: Params) -> State:
+            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            state = {
+                "params": jax.tree.map(jnp.copy, params),
+                "opt_state": self.optimizer.init(params),
+                "step": jnp.zeros((), jnp.int32),
+            }
+            if self.ema_decay is not None:
+                state["ema"] = jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), ema)
+            return state
+
+        return jax.jit(make, out_shardings=shardings)(params, params if ema is None else ema)
+
+    def put(self, batch: Batch) -> Batch:
+        """Places a batch of numpy arrays on the mesh, rows over data and fsdp."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def make_update(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """The jitted update. State goes in donated and comes out with the same shardings."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.jit(
+            self.update,
+            donate_argnums=0,
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=(shardings, replicated(self.mesh)),
+        )
+
+    def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        """One optimizer step on one batch; pure."""
+        gradients, metrics = self._gradients(state["params"], batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(
+                gradients, state["opt_state"], state["params"]
+            )
+            params = optax.apply_updates(state["params"], updates)
+        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        if self.ema_decay is not None:
+            new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - self.ema_decay)
+        return new, metrics | {"grad_norm": optax.global_norm(gradients)}
+
+    def _gradients(self, params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        """Mean gradient and metrics over the micro-batches."""
+
+        def loss_fn(params: Params, batch: Batch) -> tuple[Array, Metrics]:
+            loss, metrics = self.objective(self.policy, params, batch)
+            return loss, metrics | {"loss": loss}
+
+        grad = jax.grad(loss_fn, has_aux=True)
+        if self.accumulation == 1:
+            return grad(params, batch)
+
+        n = self.accumulation
+        # Row i goes to micro-batch i % n, so that every micro-batch spans all of the mesh's rows.
+        micro = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch
+        )
+
+        def body(total: Any, rows: Batch) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b / n, total, grad(params, rows)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, first)
+        )
+        return jax.lax.scan(body, zero, micro)[0]

@@ -1,0 +1,292 @@
+"""Counterfactual traces: other answers, the reasoning that leads to them, and what is accepted.
+
+The model to be unlearned writes them itself (CiPO, arXiv 2604.15847): it names another answer
+unless the user gives one, then reasons backward to it. Of several candidates the best that passes
+every check is kept: it closes its think block, reaches the target answer, never mentions a
+forgotten fact, is not degenerate, and makes the target answer more likely to the model itself than
+it is without the trace.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from cipo_jax.data.batches import Encoded, shape_of
+from cipo_jax.data.examples import Example, mentions, normalised_words
+from cipo_jax.errors import UserError
+from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.sampler import Request
+from cipo_jax.typing import Params
+from cipo_jax.unlearning.engine import Engine
+from cipo_jax.unlearning.run_folder import Row
+
+_REPEATS = 3  # a run of four words may occur so often in a trace
+
+
+@dataclasses.dataclass
+class _Item:
+    """One forget question on its way to a counterfactual."""
+
+    index: int
+    example: Example
+    target: str | None
+    source: str  # who chose the target: "given", "strategy" or "model"
+    accepted: Row | None = None
+    rejected: list[Row] = dataclasses.field(default_factory=list)
+
+
+def make_counterfactuals(engine: Engine, params: Params) -> list[Row]:
+    """Writes a counterfactual for each forget question, as far as the model manages to.
+
+    Args:
+      engine: of the run.
+      params: the model to be unlearned, training layout.
+
+    Returns:
+      One row per question; "accepted" tells whether it has a trace.
+
+    Raises:
+      UserError: where no question at all has one.
+    """
+    settings = engine.config.counterfactual
+    items = [_start(engine, i, e) for i, e in enumerate(engine.splits.forget)]
+    for attempt in range(settings.rounds):
+        todo = [item for item in items if item.accepted is None]
+        if not todo:
+            break
+        _choose_targets(engine, params, items, attempt)
+        ready = [item for item in todo if item.target is not None]
+        candidates = _draw_traces(engine, params, ready, attempt)
+        _accept(engine, params, ready, candidates)
+    if not any(item.accepted for item in items):
+        why = items[0].rejected[0]["why"][0] if items[0].rejected else "no target answer was found"
+        raise UserError(
+            f"counterfactuals: not one of {len(items)} questions got a valid trace (the first: "
+            f"{why}); look at config.counterfactual, its prompts and its candidates"
+        )
+    return [_row(engine, item) for item in items]
+
+
+def _start(engine: Engine, index: int, example: Example) -> _Item:
+    settings = engine.config.counterfactual
+    if settings.strategy == "boundary":
+        return _Item(index, example, settings.boundary_answer, "strategy")
+    if example.target_answer is None:
+        return _Item(index, example, None, "model")
+    leaked = [f for f in example.forbidden if mentions(example.target_answer, f)]
+    if leaked:
+        raise UserError(
+            f"forget row {index + 1}: field 'target_answer' = {example.target_answer!r} mentions "
+            f"{leaked[0]!r}, which is to be forgotten; choose another"
+        )
+    return _Item(index, example, example.target_answer, "given")
+
+
+def _requests(engine: Engine, items: Sequence[_Item], prompts: Sequence[str]) -> list[Request]:
+    encode = engine.model.format.prompt_ids
+    return [Request(encode(p), i.index) for p, i in zip(prompts, items, strict=True)]
+
+
+def _rules(engine: Engine) -> Rules:
+    settings = engine.config.counterfactual
+    return Rules(
+        engine.config.sampling.max_new_tokens,
+        (engine.model.format.eos_id,),
+        settings.temperature,
+        settings.top_p,
+    )
+
+
+def _choose_targets(
+    engine: Engine, params: Params, items: Sequence[_Item], attempt: int
+) -> None:
+    """Has the model name another answer for each group of questions that lacks one.
+
+    Questions of one group get the same target, so that what the model learns to say is consistent.
+    In a later round a group of which no question has found a trace is given a new target.
+    """
+    settings = engine.config.counterfactual
+    groups: dict[str, list[_Item]] = {}
+    for item in items:
+        if item.source == "model":
+            groups.setdefault(item.example.group or item.example.question, []).append(item)
+    wanting = [g for g in groups.values() if not any(item.accepted for item in g)]
+    leaders = [group[0] for group in wanting]
+    prompts = [
+        settings.target_prompt.format(question=i.example.question, answer=i.example.answer)
+        for i in leaders
+    ]
+    drawn = engine.sample_rows(
+        f"counterfactuals/targets-{attempt}",
+        f"target answers, try {attempt + 1}",
+        params,
+        _requests(engine, leaders, prompts),
+        _rules(engine),
+        engine.key("targets", attempt),
+        settings.candidates,
+    )
+    for group, candidates in zip(wanting, drawn, strict=True):
+        tried = {item.target for item in group}
+        forbidden = [f for item in group for f in item.example.forbidden]
+        target = next(
+            (
+                c["answer"]
+                for c in candidates
+                if c["closed"]
+                and c["stopped"]
+                and normalised_words(c["answer"])
+                and len(normalised_words(c["answer"])) <= settings.max_target_words
+                and c["answer"] not in tried
+                and not any(mentions(c["answer"], f) for f in forbidden)
+            ),
+            None,
+        )
+        for item in group:
+            item.target = target if target is not None else item.target
+
+
+def _draw_traces(
+    engine: Engine, params: Params, items: Sequence[_Item], attempt: int
+) -> list[list[Row]]:
+    settings = engine.config.counterfactual
+    template = getattr(settings, f"{settings.strategy}_prompt")
+    prompts = [
+        template.format(question=item.example.question, answer=item.target) for item in items
+    ]
+    return engine.sample_rows(
+        f"counterfactuals/traces-{attempt}",
+        f"counterfactuals, try {attempt + 1}",
+        params,
+        _requests(engine, items, prompts),
+        _rules(engine),
+        engine.key("traces", attempt),
+        settings.candidates,
+    )
+
+
+def text_faults(candidate: Row, example: Example, target: str, min_distinct: float) -> list[str]:
+    """Why the text of a candidate cannot be accepted; empty where it can.
+
+    Args:
+      candidate: {"cot", "answer", "closed", "stopped"}.
+      example: the forget question.
+      target: the answer that the trace should lead to.
+      min_distinct: distinct words / words of the trace, at least.
+    """
+    faults = []
+    if not candidate["closed"]:
+        faults.append("does not close its think block")
+    elif not candidate["stopped"]:
+        faults.append("does not end")
+    if candidate["closed"] and not mentions(candidate["answer"], target):
+        faults.append(f"does not reach the target answer {target!r}")
+    for fact in example.forbidden:
+        if mentions(candidate["cot"], fact) or mentions(candidate["answer"], fact):
+            faults.append(f"mentions the forgotten {fact!r}")
+    words = normalised_words(candidate["cot"])
+    if len(words) < 3:
+        faults.append("degenerate: hardly a word of reasoning")
+    elif len(set(words)) / len(words) < min_distinct:
+        faults.append("degenerate: repeats its words")
+    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if runs and max(map(runs.count, runs)) > _REPEATS:
+        faults.append("degenerate: repeats a phrase")
+    return faults
+
+
+def _accept(
+    engine: Engine, params: Params, items: Sequence[_Item], candidates: Sequence[list[Row]]
+) -> None:
+    """Scores what passes the checks on text, and keeps the best of each question."""
+    settings = engine.config.counterfactual
+    passed: list[tuple[_Item, Row]] = []
+    for item, drawn in zip(items, candidates, strict=True):
+        assert item.target is not None
+        seen: set[str] = set()
+        for candidate in drawn:
+            text = f"{candidate['cot']}\n{candidate['answer']}"
+            faults = text_faults(candidate, item.example, item.target, settings.min_distinct)
+            if text in seen:
+                faults.append("the same text as another candidate")
+            seen.add(text)
+            if faults:
+                item.rejected.append(_rejection(candidate, item.target, faults))
+            else:
+                passed.append((item, candidate))
+    scored = _consistency(engine, params, passed)
+    best: dict[int, tuple[_Item, Row]] = {}
+    for (item, candidate), (gain, style) in zip(passed, scored, strict=True):
+        candidate |= {"gain": gain, "style": style}
+        if gain < settings.min_gain:
+            why = f"inconsistent: raises log p(target answer) by {gain:.2f} nats only"
+            item.rejected.append(_rejection(candidate, item.target, [why]))
+            continue
+        held = best.get(item.index)
+        if held is not None:
+            worse = min(held[1], candidate, key=lambda c: c["style"])
+            item.rejected.append(_rejection(worse, item.target, ["another candidate reads better"]))
+            if worse is candidate:
+                continue
+        best[item.index] = (item, candidate)
+    for item, candidate in best.values():
+        item.accepted = candidate
+
+
+def _rejection(candidate: Row, target: str | None, why: list[str]) -> Row:
+    kept = {"target_answer": target, "trace": candidate["cot"], "answer": candidate["answer"]}
+    return kept | {"why": why}
+
+
+def _consistency(
+    engine: Engine, params: Params, passed: Sequence[tuple[_Item, Row]]
+) -> list[tuple[float, float]]:
+    """For each candidate (gain, style), in nats.
+
+    gain: log p(answer | question, trace) - log p(answer | question, empty think block).
+    style: mean log-probability of the trace's tokens where the model is asked the plain question.
+    """
+    if not passed:
+        return []
+    format = engine.model.format
+    with_trace, without = [], []
+    starts = []
+    for item, candidate in passed:
+        prompt = format.prompt_ids(item.example.question)
+        ids = candidate["ids"]
+        start = format.answer_start(ids)
+        assert start is not None
+        starts.append(start)
+        with_trace.append(Encoded(prompt, ids))
+        without.append(Encoded(prompt, [*format.close_ids, *ids[start:]]))
+    limit = engine.config.sampling.max_new_tokens
+    longest = max(with_trace, key=lambda row: len(row.prompt))
+    shape = shape_of([Encoded(longest.prompt, [0] * limit)])
+    traced = engine.scorer.token_logps(params, with_trace, shape)
+    plain = engine.scorer.token_logps(params, without, shape)
+    results = []
+    for logps, bare, start in zip(traced, plain, starts, strict=True):
+        gain = logps[start:].sum() - bare[len(format.close_ids) :].sum()
+        results.append((float(gain), float(logps[:start].mean())))
+    return results
+
+
+def _row(engine: Engine, item: _Item) -> Row:
+    """A line of counterfactuals.jsonl."""
+    accepted: dict[str, Any] = item.accepted or {}
+    checks = ("closes_think", "reaches_target", "forgets", "not_degenerate", "consistent")
+    return {
+        "item": item.index,
+        "question": item.example.question,
+        "true_answer": item.example.answer,
+        "target_answer": item.target,
+        "target_source": item.source,
+        "strategy": engine.config.counterfactual.strategy,
+        "accepted": item.accepted is not None,
+        "trace": accepted.get("cot"),
+        "answer": accepted.get("answer"),
+        "checks_passed": list(checks) if item.accepted is not None else [],
+        "consistency_gain": accepted.get("gain"),
+        "trace_logp": accepted.get("style"),
+        "completion_ids": accepted.get("ids"),
+        "rejected": item.rejected,
+    }

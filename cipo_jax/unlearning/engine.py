@@ -1,0 +1,202 @@
+"""What every unlearning method shares: one loader, sampler, scorer, evaluator and run folder."""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from cipo_jax.config import Config
+from cipo_jax.data.examples import Example, example_row
+from cipo_jax.data.splits import Splits, load_splits
+from cipo_jax.evals import evaluate
+from cipo_jax.evals.evaluate import Scores
+from cipo_jax.models.decoder import abstract_params
+from cipo_jax.models.reasoning_model import ReasoningModel, compute_of
+from cipo_jax.progress import Reporter
+from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.training.checkpoints import Checkpoints
+from cipo_jax.training.mesh import make_mesh, param_shardings
+from cipo_jax.training.scoring import Scorer
+from cipo_jax.training.step import Policy
+from cipo_jax.typing import Array, Params
+from cipo_jax.unlearning.run_folder import MetricsLog, Row, RunFolder
+
+
+def address(seed: int, *names: str | int) -> Array:
+    """A PRNG key for a named place in the run, independent of what was drawn before."""
+    key = jax.random.key(seed)
+    for name in names:
+        number = name if isinstance(name, int) else zlib.crc32(name.encode())
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """The machinery of a run.
+
+    Attributes:
+      config: every setting.
+      model: shape, format and folder of the model to be unlearned.
+      splits: the data.
+      mesh: the devices.
+      sampler: for rollouts and counterfactuals.
+      eval_sampler: for evaluations.
+      scorer: token log-probabilities of given completions.
+      folder: the run folder.
+      checkpoints: inside the run folder.
+      log: per-step metrics.
+      reporter: the terminal.
+    """
+
+    config: Config
+    model: ReasoningModel
+    splits: Splits
+    mesh: Mesh
+    sampler: Sampler
+    eval_sampler: Sampler
+    scorer: Scorer
+    folder: RunFolder
+    checkpoints: Checkpoints
+    log: MetricsLog
+    reporter: Reporter
+
+    @classmethod
+    def open(cls, config: Config, workdir: str, reporter: Reporter) -> "Engine":
+        """Reads the model's shape and the data, and opens the run folder. No weights yet."""
+        model = ReasoningModel.open(config.model.path)
+        splits = load_splits(config)
+        data = {name: [example_row(e) for e in rows] for name, rows in splits.named()}
+        digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+        # Raises early, with the parameter's name, where the mesh does not fit the model.
+        param_shardings(abstract_params(model.config), mesh)
+        folder = RunFolder(workdir, config, f"{model.fingerprint()}:{digest:08x}")
+        decoding = compute_of(config.model, decoding=True)
+        policy = Policy(model.config, compute_of(config.model))
+        return cls(
+            config=config,
+            model=model,
+            splits=splits,
+            mesh=mesh,
+            sampler=Sampler(model.config, decoding, mesh, config.sampling.rows),
+            eval_sampler=Sampler(model.config, decoding, mesh, config.eval.rows),
+            scorer=Scorer(policy, mesh, config.eval.rows),
+            folder=folder,
+            checkpoints=Checkpoints(folder.path / "checkpoints"),
+            log=MetricsLog(folder),
+            reporter=reporter,
+        )
+
+    def key(self, *names: str | int) -> Array:
+        """A key addressed by the run's seed and these names."""
+        return address(self.config.seed, *names)
+
+    def load_params(self, model: ReasoningModel | None = None) -> Params:
+        """The weights of a model (by default the one to be unlearned), sharded for training."""
+        model = model or self.model
+        return model.load_params(param_shardings(abstract_params(model.config), self.mesh))
+
+    def abstract_params(self) -> Params:
+        """Shapes and shardings of the parameters."""
+        abstract = abstract_params(self.model.config)
+        shardings = param_shardings(abstract, self.mesh)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+        )
+
+    def sample_rows(
+        self,
+        part: str,
+        title: str,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int,
+    ) -> list[list[Row]]:
+        """Samples completions of each request, with a progress bar, resumable batch by batch.
+
+        Args:
+          part: where partial results are kept; see `RunFolder.in_parts`.
+          title: of the bar.
+          params: training layout.
+          requests: prompts and item ids.
+          rules: how to draw.
+          key: addressed by the caller.
+          samples: completions of each request.
+
+        Returns:
+          For each request its samples, each {"item", "sample", "ids", "stopped", "cot", "answer",
+          "closed"}.
+        """
+        if not requests:
+            return []
+        decoding = self.sampler.prepare(params)
+        longest = max(len(r.prompt) for r in requests)
+
+        def work(batch: tuple[list[Request], int]) -> list[Row]:
+            from cipo_jax.data.batches import bucket
+
+            rows, count = batch
+            completions = self.sampler.run(decoding, rows, rules, key, samples, bucket(longest))
+            made = []
+            for request, drawn in zip(rows[:count], completions, strict=False):
+                for sample, completion in enumerate(drawn):
+                    thought = self.model.format.split(completion.ids)
+                    made.append(
+                        {"item": request.item, "sample": sample}
+                        | thought._asdict()
+                        | {"stopped": completion.stopped, "ids": completion.ids}
+                    )
+            return made
+
+        with self.reporter.bar(title, len(requests) * samples) as bar:
+
+            def on_part(rows: list[Row], cached: bool) -> None:
+                if cached:
+                    bar.skip(len(rows))
+                else:
+                    bar.advance(len(rows), sum(len(r["ids"]) for r in rows))
+
+            batches = list(self.sampler.batches(requests, samples))
+            rows = self.folder.in_parts(part, batches, work, on_part)
+        return [rows[i : i + samples] for i in range(0, len(rows), samples)]
+
+    def evaluate(
+        self,
+        part: str,
+        title: str,
+        params: Params,
+        splits: Mapping[str, Sequence[Example]],
+        model: ReasoningModel | None = None,
+    ) -> tuple[list[Row], Scores]:
+        """Greedy generations on the splits "forget", "retain" and "reasoning", judged.
+
+        Returns:
+          One row per question, and the scores.
+        """
+        model = model or self.model
+        # Another model of the same shape shares the sampler's programs.
+        sampler = self.eval_sampler
+        if model.config != self.model.config:
+            sampler = dataclasses.replace(sampler, config=model.config)
+        batches = evaluate.evaluation_batches(sampler, model.format, splits)
+        work = evaluate.generate_rows(
+            sampler, model.format, sampler.prepare(params), self.config.eval.max_new_tokens
+        )
+        with self.reporter.bar(title, sum(len(rows) for rows in splits.values())) as bar:
+
+            def on_part(rows: list[Row], cached: bool) -> None:
+                if cached:
+                    bar.skip(len(rows))
+                else:
+                    bar.advance(len(rows), sum(r["tokens"] for r in rows))
+
+            rows = self.folder.in_parts(part, batches, work, on_part)
+        return rows, evaluate.scores(rows, self.splits.words)

@@ -1,0 +1,193 @@
+"""Rollouts and counterfactuals to preference pairs, and pairs to batches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cipo_jax.config import TrainConfig
+from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
+from cipo_jax.data.examples import Example, mentions
+from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.sampler import Request
+from cipo_jax.training.step import Batch
+from cipo_jax.typing import Params
+from cipo_jax.unlearning.engine import Engine
+from cipo_jax.unlearning.run_folder import Row
+
+
+def accepted(counterfactuals: Sequence[Row]) -> list[Row]:
+    """The counterfactuals that have a trace."""
+    return [row for row in counterfactuals if row["accepted"]]
+
+
+def draw_rollouts(
+    engine: Engine, params: Params, counterfactuals: Sequence[Row], iteration: int
+) -> list[Row]:
+    """What the current model says to each forget question that has a counterfactual."""
+    settings = engine.config.sampling
+    rules = Rules(
+        settings.max_new_tokens,
+        (engine.model.format.eos_id,),
+        settings.temperature,
+        settings.top_p,
+    )
+    requests = [
+        Request(engine.model.format.prompt_ids(row["question"]), row["item"])
+        for row in accepted(counterfactuals)
+    ]
+    drawn = engine.sample_rows(
+        f"iteration-{iteration:02d}/rollouts",
+        f"iteration {iteration}: rollouts",
+        params,
+        requests,
+        rules,
+        engine.key("rollouts", iteration),
+        engine.config.cipo.samples,
+    )
+    rows = []
+    for row in (row for samples in drawn for row in samples):
+        example = engine.splits.forget[row["item"]]
+        leaks = {
+            f"{part}_leaks": [f for f in example.forbidden if mentions(row[part], f)]
+            for part in ("cot", "answer")
+        }
+        rows.append({"question": example.question} | row | leaks)
+    return rows
+
+
+def make_pairs(counterfactuals: Sequence[Row], rollouts: Sequence[Row]) -> list[Row]:
+    """One pair per rollout: the question's counterfactual is chosen, the rollout rejected.
+
+    A rollout that equals its counterfactual stays: it has no gradient in any of the preference
+    losses, and the number of pairs is the same in every iteration.
+    """
+    by_item = {row["item"]: row for row in accepted(counterfactuals)}
+    return [
+        {
+            "item": rollout["item"],
+            "sample": rollout["sample"],
+            "question": rollout["question"],
+            "chosen": f"{by_item[rollout['item']]['trace']} => {by_item[rollout['item']]['answer']}",
+            "rejected": f"{rollout['cot']} => {rollout['answer']}",
+            "chosen_ids": by_item[rollout["item"]]["completion_ids"],
+            "rejected_ids": rollout["ids"],
+        }
+        for rollout in rollouts
+    ]
+
+
+def pair_shape(engine: Engine) -> Shape:
+    """One padded shape for the pairs of every iteration: the longest prompt, the sampler's limit."""
+    encode = engine.model.format.prompt_ids
+    longest = max((encode(e.question) for e in engine.splits.forget), key=len)
+    return shape_of([Encoded(longest, [0] * engine.config.sampling.max_new_tokens)])
+
+
+def with_reference_logps(
+    engine: Engine, params: Params, pairs: Sequence[Row], reference: str
+) -> list[Row]:
+    """Adds the reference's log-probabilities, computed once, to the pairs."""
+    encode = engine.model.format.prompt_ids
+    rows = []
+    for pair in pairs:
+        prompt = encode(pair["question"])
+        rows += [Encoded(prompt, pair["chosen_ids"]), Encoded(prompt, pair["rejected_ids"])]
+    sums = [float(lp.sum()) for lp in engine.scorer.token_logps(params, rows, pair_shape(engine))]
+    return [
+        pair
+        | {
+            "reference": reference,
+            "ref_chosen_logp": sums[2 * i],
+            "ref_rejected_logp": sums[2 * i + 1],
+        }
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def _encoded(engine: Engine, examples: Sequence[Example]) -> list[Encoded]:
+    format = engine.model.format
+    return [
+        Encoded(format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer))
+        for e in examples
+    ]
+
+
+def retained_batches(
+    engine: Engine, settings: TrainConfig, phase: int
+) -> Callable[[int], dict[str, Any]]:
+    """Batches of what is to be kept: half facts, half reasoning, where there are both."""
+    groups = {"retain": engine.splits.retain, "reasoning": engine.splits.reasoning}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    if not groups or not engine.config.cipo.retain_weight:
+        return lambda step: {}
+    size = max(settings.retain_batch // len(groups), 1)
+    streams = {}
+    for number, (name, examples) in enumerate(groups.items()):
+        rows = _encoded(engine, examples)
+        order = shuffled_batches(len(rows), size, _seed(engine, phase, 1 + number))
+        streams[name] = (rows, shape_of(rows), order)
+
+    def at(step: int) -> dict[str, Any]:
+        return {
+            name: collate([rows[i] for i in order(step)], shape)
+            for name, (rows, shape, order) in streams.items()
+        }
+
+    return at
+
+
+def _seed(engine: Engine, phase: int, stream: int) -> int:
+    """A seed for one stream of one phase, as a function of the run's seed alone."""
+    return int(np.random.SeedSequence((engine.config.seed, phase, stream)).generate_state(1)[0])
+
+
+def warmup_batches(
+    engine: Engine, counterfactuals: Sequence[Row]
+) -> tuple[Callable[[int], Batch], int]:
+    """Batches of the supervised warm-up by step, and the number of steps."""
+    settings = engine.config.warmup
+    encode = engine.model.format.prompt_ids
+    rows = [
+        Encoded(encode(row["question"]), row["completion_ids"])
+        for row in accepted(counterfactuals)
+    ]
+    shape, order = pair_shape(engine), shuffled_batches(
+        len(rows), settings.batch, _seed(engine, 0, 0)
+    )
+    retained = retained_batches(engine, settings, 0)
+
+    def at(step: int) -> Batch:
+        return {"chosen": collate([rows[i] for i in order(step)], shape)} | retained(step)
+
+    return at, _steps(settings, len(rows))
+
+
+def pair_batches(
+    engine: Engine, pairs: Sequence[Row], iteration: int
+) -> tuple[Callable[[int], Batch], int]:
+    """Batches of an iteration's preference phase by step, and the number of steps."""
+    settings = engine.config.train
+    encode = engine.model.format.prompt_ids
+    prompts = [encode(pair["question"]) for pair in pairs]
+    chosen = [Encoded(p, pair["chosen_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
+    rejected = [Encoded(p, pair["rejected_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
+    shape = pair_shape(engine)
+    order = shuffled_batches(len(pairs), settings.batch, _seed(engine, iteration, 0))
+    retained = retained_batches(engine, settings, iteration)
+
+    def at(step: int) -> Batch:
+        picked = order(step)
+        sides = [collate([side[i] for i in picked], shape) for side in (chosen, rejected)]
+        batch: Batch = {"pairs": jax.tree.map(lambda a, b: np.stack([a, b], axis=1), *sides)}
+        if "ref_chosen_logp" in pairs[0]:
+            keys = ("ref_chosen_logp", "ref_rejected_logp")
+            batch["ref"] = np.array([[pairs[i][k] for k in keys] for i in picked], np.float32)
+        return batch | retained(step)
+
+    return at, _steps(settings, len(pairs))
+
+
+def _steps(settings: TrainConfig, rows: int) -> int:
+    return max(int(-(-settings.epochs * rows // settings.batch)), 1) if settings.epochs else 0

@@ -1,0 +1,270 @@
+"""The run folder: stages that have happened or have not, and everything a person can read later.
+
+A stage writes its files under their final names only when they are whole, and is entered in
+``stages.json`` last, with a fingerprint of all that went into it. A run that is killed anywhere and
+started again repeats at most the batch or the steps it was in, and draws the same numbers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cipo_jax.config import flatten
+from cipo_jax.data.examples import read_jsonl, write_jsonl, write_text
+from cipo_jax.errors import Preempted, UserError
+
+Row = dict[str, Any]
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON, one newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+class RunFolder:
+    """One run's folder, its stages and its clock."""
+
+    def __init__(self, path: str | Path, config: Any, fingerprint: str):
+        """Opens or makes the folder.
+
+        Args:
+          path: the folder (``--workdir``).
+          config: the run's frozen config, written to config.json.
+          fingerprint: of the model and the data that the run starts from.
+
+        Raises:
+          UserError: where the folder holds a run of another config, model or data.
+        """
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--workdir={path}: is a file; give a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._same_config(dataclasses.asdict(config))
+        self._stages: dict[str, Row] = {}
+        self._partial: dict[str, float] = {}
+        if (self.path / "stages.json").exists():
+            saved = json.loads((self.path / "stages.json").read_text(encoding="utf-8"))
+            self._stages, self._partial = saved["stages"], saved["unfinished_seconds"]
+        self._chain = hashlib.sha256(
+            (fingerprint + json.dumps(dataclasses.asdict(config), sort_keys=True)).encode()
+        ).hexdigest()[:16]
+        self._stage, self._since = "", time.monotonic()
+        self._stop = False
+
+    def _same_config(self, config: Row) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            write_text(path, to_json(config))
+            return
+        try:
+            old = flatten(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise UserError(f"{path}: not JSON; choose another --workdir") from None
+        new = flatten(json.loads(json.dumps(config)))
+        differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        if differ:
+            shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differ[:5])
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise UserError(
+                f"{path}: this folder holds a run with another config ({shown}{more}); "
+                "choose another --workdir, or the config it was made with"
+            )
+
+    # Stages.
+
+    def once(
+        self, name: str, make: Callable[[], Row | None], outputs: Sequence[str] = ()
+    ) -> Row:
+        """Runs a stage unless it has happened; returns the small result that it was entered with.
+
+        Args:
+          name: of the stage.
+          make: does the work, writes the outputs, returns what to remember (JSON).
+          outputs: files or folders that it leaves, relative to the run folder.
+
+        Raises:
+          UserError: where the stage was made from another model, data or config.
+        """
+        self._chain = hashlib.sha256(f"{self._chain}/{name}".encode()).hexdigest()[:16]
+        chain, record = self._chain, self._stages.get(name)
+        if record is not None and record["fingerprint"] != chain:
+            raise UserError(
+                f"{self.path / 'stages.json'}: stage {name} was made from other inputs: the model "
+                "or the data has changed since; choose another --workdir"
+            )
+        whole = all((self.path / output).exists() for output in outputs)
+        if record is not None and whole:
+            return record["result"]
+        self._stage, self._since = name, time.monotonic()
+        result = make() or {}
+        self.tick()
+        seconds = self._partial.pop(name, 0.0)
+        self._stages[name] = {"fingerprint": chain, "seconds": seconds, "result": result}
+        self._stage = ""
+        self._save()
+        shutil.rmtree(self._parts(name), ignore_errors=True)
+        return result
+
+    def result(self, name: str) -> Row:
+        """What a stage that has happened was entered with."""
+        return self._stages[name]["result"]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage, over all processes that worked on it."""
+        return {name: record["seconds"] for name, record in self._stages.items()}
+
+    def count_startup(self, seconds: float) -> None:
+        """Adds what it took a process to get ready, so that the total leaves nothing out."""
+        record = self._stages.setdefault(
+            "startup", {"fingerprint": "", "seconds": 0.0, "result": {}}
+        )
+        record["seconds"] += seconds
+
+    def tick(self) -> None:
+        """Enters the time since the last tick to the present stage; done where work is saved."""
+        now = time.monotonic()
+        if self._stage:
+            self._partial[self._stage] = self._partial.get(self._stage, 0.0) + now - self._since
+        self._since = now
+
+    def saved(self) -> None:
+        """Called after work within a stage was saved: keeps the clock with it."""
+        self.tick()
+        self._save()
+
+    def _save(self) -> None:
+        state = {"stages": self._stages, "unfinished_seconds": self._partial}
+        write_text(self.path / "stages.json", to_json(state))
+
+    # Work within a stage that is saved in parts.
+
+    def in_parts(
+        self,
+        name: str,
+        batches: Sequence[Any],
+        work: Callable[[Any], list[Row]],
+        on_part: Callable[[list[Row], bool], None] = lambda rows, cached: None,
+    ) -> list[Row]:
+        """Rows of all batches; each batch's rows are kept as soon as they are there.
+
+        Args:
+          name: of the stage (a suffix after "/" tells several such loops of a stage apart).
+          batches: what to work on.
+          work: makes the rows of a batch.
+          on_part: called with each batch's rows and whether an earlier process had made them.
+
+        Raises:
+          Preempted: between two batches, if the process was asked to stop.
+        """
+        rows: list[Row] = []
+        for i, batch in enumerate(batches):
+            path = self._parts(name) / f"{i:06d}.jsonl"
+            cached = path.exists()
+            part = read_jsonl(path) if cached else work(batch)
+            if not cached:
+                write_jsonl(path, part)
+                self.saved()
+            rows += part
+            on_part(part, cached)
+            self.stop_if_asked()
+        return rows
+
+    def _parts(self, name: str) -> Path:
+        return self.path / ".parts" / name
+
+    def write_rows(self, name: str, rows: Sequence[Row]) -> None:
+        write_jsonl(self.path / name, rows)
+
+    def read_rows(self, name: str) -> list[Row]:
+        return read_jsonl(self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_text(self.path / name, to_json(value))
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    # A polite end.
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT ask the run to save and stop; a second one kills it."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._stop = True
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handle)
+
+    @property
+    def stop_asked(self) -> bool:
+        return self._stop
+
+    def stop_if_asked(self) -> None:
+        """Raises Preempted if the process was asked to stop; what is done so far is saved."""
+        if self._stop:
+            self.saved()
+            raise Preempted(f"stopped on request in stage {self._stage}; {self.resume_hint()}")
+
+    def resume_hint(self) -> str:
+        return f"run the same command again to go on (run folder: {self.path})"
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events, without a step twice after a restart."""
+
+    def __init__(self, folder: RunFolder):
+        self._path = folder.path / "metrics.jsonl"
+        self._events = folder.path / "tensorboard"
+        self._writer: Any = None
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged beyond a global step: it is about to be done again."""
+        if self._path.exists():
+            kept = []
+            for line in self._path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    row = json.loads(line)
+                except ValueError:  # The line that a killed process was writing.
+                    continue
+                if row["step"] <= step:
+                    kept.append(row)
+            write_jsonl(self._path, kept)
+        from tensorboardX import SummaryWriter
+
+        self.close()
+        self._writer = SummaryWriter(str(self._events), purge_step=step + 1)
+
+    def write(self, step: int, phase: str, values: dict[str, float]) -> None:
+        """Logs a global step's metrics."""
+        row = {"step": step, "phase": phase} | values
+        with self._path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(f"{phase.split('-')[0]}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: the devices' where they tell, else the host's resident set."""
+    import resource
+
+    import jax
+
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
+    if all(p is not None for p in peaks):
+        return int(sum(p for p in peaks if p is not None))
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

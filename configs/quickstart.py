@@ -1,0 +1,43 @@
+"""CiPO on the embedded tiny reasoning model: ten people are forgotten in a few minutes on a laptop.
+
+python -m cipo_jax unlearn --config=configs/quickstart.py --workdir=runs/quickstart
+
+Another set: --config.forget.seed=11, or --config.forget.people="Ada Brandt, Hugo Holt".
+"""
+
+from cipo_jax.config import default_config
+from cipo_jax.data import tiny_world
+
+
+def get_config(arg=None):
+    """The quickstart's settings; it takes no argument."""
+    del arg
+    config = default_config()
+    config.model.remat = "none"
+    config.model.logits_chunk = 4096
+
+    config.sampling.rows = 128
+    config.sampling.max_new_tokens = 48
+    config.eval.rows = 128
+    config.eval.max_new_tokens = 96
+
+    # The tiny model knows these tasks by their short prompts.
+    config.counterfactual.backward_prompt = tiny_world.BACKWARD_PROMPT
+    config.counterfactual.alternative_prompt = tiny_world.ALTERNATIVE_PROMPT
+    config.counterfactual.boundary_prompt = tiny_world.BOUNDARY_PROMPT
+    config.counterfactual.boundary_answer = tiny_world.BOUNDARY_ANSWER
+    config.counterfactual.target_prompt = tiny_world.TARGET_PROMPT
+    config.counterfactual.candidates = 4
+
+    config.warmup.epochs = 1.0
+    config.warmup.lr = 5e-4
+    config.warmup.batch = 16
+    config.warmup.retain_batch = 32
+
+    config.cipo.iterations = 4
+    config.cipo.samples = 1
+    config.cipo.patience = 2
+    config.train.lr = 3e-4
+    config.train.batch = 16
+    config.train.retain_batch = 32
+    return config
