@@ -26,7 +26,7 @@ def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"
     high = jnp.max(probs, axis=-1, keepdims=True)
     low = jnp.zeros_like(high)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = 0.5 * (low + high)
         mass = jnp.sum(jnp.where(probs >= middle, probs, 0.0), axis=-1, keepdims=True)
