@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 setup(
     name="cipo-jax",
     version="0.1.0",
-    description="Make a reasoning model forget, in its chain of thought and in its answers: CiPO in JAX",
+    description="Unlearning for reasoning models, in chain of thought and answer: CiPO in JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -39,7 +39,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "eval": ["rouge-score>=0.1.2", "scipy>=1.13"],
-        "lint": ["pyright>=1.1.390", "ruff>=0.9"],
+        "lint": ["pyright[nodejs]>=1.1.390", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["cipo = cipo_jax.__main__:main"]},
     classifiers=[

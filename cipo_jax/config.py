@@ -6,6 +6,7 @@ line made of it into the dataclasses below, and stops at the first key or value 
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any, Literal, TypeVar
 
@@ -47,6 +48,14 @@ class MeshConfig:
     data: int = setting(-1, -1)
     fsdp: int = setting(1, -1)
     tensor: int = setting(1, -1)
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1:
+            raise UserError("config.mesh: only one of data, fsdp, tensor may be -1")
+        if 0 in sizes:
+            name = ("data", "fsdp", "tensor")[sizes.index(0)]
+            raise UserError(f"config.mesh.{name} = 0: must be at least 1, or -1 for the rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +162,8 @@ class TrainConfig:
     warmup_steps: int = setting(4, 0)
     decay: Literal["constant", "linear", "cosine"] = "linear"
     weight_decay: float = setting(0.0, 0.0)
-    b1: float = setting(0.9, 0.0, 1.0)
-    b2: float = setting(0.99, 0.0, 1.0)
+    b1: float = setting(0.9, 0.0, 0.999999)
+    b2: float = setting(0.99, 0.0, 0.999999)
     clip: float = setting(1.0, 0.0)  # global gradient norm; 0 for no clipping
     checkpoint_every: int = setting(50, 1)  # steps
 
@@ -184,8 +193,6 @@ class Config:
     eval: EvalConfig = group(EvalConfig)
 
     def __post_init__(self) -> None:
-        if (self.mesh.data, self.mesh.fsdp, self.mesh.tensor).count(-1) > 1:
-            raise UserError("config.mesh: only one of data, fsdp, tensor may be -1")
         for name in ("warmup", "train"):
             phase = getattr(self, name)
             for key in ("batch", "retain_batch"):
@@ -199,13 +206,13 @@ class Config:
         for key in ("target_prompt", "backward_prompt", "alternative_prompt", "boundary_prompt"):
             prompt = getattr(self.counterfactual, key)
             try:
-                filled = prompt.format(question="Q?", answer="A!")
-            except (KeyError, IndexError, ValueError) as error:
+                filled = prompt.format(question="\0", answer="")
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
                 raise UserError(
                     f"config.counterfactual.{key}: cannot be filled ({error!r}); it may hold "
                     "{question} and {answer} alone"
                 ) from None
-            if "Q?" not in filled:
+            if "\0" not in filled:
                 raise UserError(f"config.counterfactual.{key}: lacks {{question}}")
 
 
@@ -229,6 +236,15 @@ class PretrainConfig:
     train: TrainConfig = group(TrainConfig)
     mesh: MeshConfig = group(MeshConfig)
 
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise UserError(f"config.kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+        if self.d_model % (2 * self.heads):
+            raise UserError(
+                f"config.d_model = {self.d_model}: must be a multiple of 2 x heads = "
+                f"{2 * self.heads}, since rotary embeddings turn pairs of dimensions"
+            )
+
 
 def to_config_dict(value: Any) -> ConfigDict:
     """Dataclasses -> a ConfigDict that holds every key, typed by its default and locked."""
@@ -246,9 +262,9 @@ def default_config() -> ConfigDict:
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys -> values, of dataclasses, ConfigDicts or plain dicts."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        config = dataclasses.asdict(config)
-    flat = {}
+    if dataclasses.is_dataclass(config):
+        config = dataclasses.asdict(config)  # type: ignore[arg-type]
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, (dict, ConfigDict))
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
@@ -309,8 +325,8 @@ def _checked(path: str, value: Any, hint: Any, metadata: Any) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path} = {value!r}: must be of type {hint.__name__}")
     low, high = metadata.get("low"), metadata.get("high")
-    if hint is float and value != value:
-        raise UserError(f"{path} = {value!r}: is not a number")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{path} = {value!r}: is not a number that can be computed with")
     if low is not None and value < low:
         raise UserError(f"{path} = {value!r}: must be at least {low}")
     if high is not None and value > high:

@@ -36,9 +36,7 @@ class Bar:
         self._done += count
         self._tokens += tokens
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, completed=self._done, rate=self._rate(), note=note
-            )
+            self._progress.update(self._task, completed=self._done, rate=self._rate(), note=note)
         elif time.monotonic() - self._printed > _LINE_EVERY_S:
             self._printed = time.monotonic()
             self._print(note)

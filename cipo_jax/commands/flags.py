@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
@@ -53,7 +54,14 @@ def parse_flags(
     # config_flags looks for overrides in sys.argv, wherever the other flags come from.
     before, sys.argv = sys.argv, [f"cipo_jax {command}", *argv]
     try:
-        _check_override_keys(argv)
+        path = _config_path(argv)
+        overrides = [arg for arg in argv if arg.startswith(("--config.", "-config."))]
+        if not path and ("config" in needs or overrides):
+            raise UserError(f"{command}: --config=... is missing")
+        if path and not Path(path.split(":", 1)[0]).is_file():
+            raise UserError(f"{command}: --config={path}: no such file")
+        if path:
+            _check_override_keys(overrides, path)
         left = values(sys.argv)
     except UserError:
         raise
@@ -67,38 +75,46 @@ def parse_flags(
     if len(left) > 1:
         raise UserError(f"{command}: {left[1]!r} is not a flag; flags begin with --")
     for name in needs:
-        if not values[name].value:
+        if name != "config" and not values[name].value:
             raise UserError(f"{command}: --{name}=... is missing")
-    if not isinstance(values.config, ConfigDict):
-        raise UserError(f"{command}: get_config() of the config file returns no ConfigDict")
-    return parse(cls, values.config), values
+    return (parse(cls, values.config) if path else cls()), values
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    """The message of an error, of which config_flags may have made a whole traceback, as a line."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        lines = lines[-1:]
+    return " ".join(lines) or type(error).__name__
 
 
-def _check_override_keys(argv: Sequence[str]) -> None:
-    """Raises UserError for ``--config.KEY`` where the config has no such key."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))), None)
-    keys = [
-        arg.lstrip("-").split("=", 1)[0].removeprefix("config.")
-        for arg in argv
-        if arg.startswith(("--config.", "-config."))
-    ]
-    if not path or not keys:
-        return
+def _config_path(argv: Sequence[str]) -> str:
+    """The value of ``--config=FILE[:ARG]`` or ``--config FILE[:ARG]``; "" where there is none."""
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else next(iter(argv[i + 1 :]), "")
+    return ""
+
+
+def _check_override_keys(overrides: Sequence[str], path: str) -> None:
+    """Loads the config file alone; raises UserError where an override names no key of it."""
     probe = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, flag_values=probe)
     before, sys.argv = sys.argv, ["probe", f"--config={path}"]
     try:
         probe(sys.argv)
+        if probe.config is not None:
+            probe.config.items  # noqa: B018  (a failure to load is raised at the first use)
     finally:
         sys.argv = before
+    if not isinstance(probe.config, ConfigDict):
+        raise UserError(f"--config={path}: its get_config() returns no ConfigDict")
     known = flatten(probe.config)
     groups = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
-    for key in keys:
+    for override in overrides:
+        key = override.lstrip("-").split("=", 1)[0].removeprefix("config.")
         if key in groups:
             raise UserError(f"config.{key}: is a group of settings, not a value")
         if key not in known:

@@ -6,7 +6,7 @@ from pathlib import Path
 from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import PretrainConfig
 
-HELP = """Writes world.json, target/ and retrained/ (Hugging Face folders) under --out. The ones that
+HELP = """Writes world.json, target/ and retrained/ (Hugging Face folders) under --out. Those that
 ship were made with `--config=configs/tiny_pretrain.py --out=cipo_jax/assets/tiny_lrm`. A stopped
 run goes on from its last checkpoint, kept in --out/.checkpoints until the end."""
 

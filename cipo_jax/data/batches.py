@@ -82,7 +82,7 @@ def shuffled_batches(rows: int, batch: int, seed: int) -> Callable[[int], np.nda
 
 
 def fixed_batches(items: Sequence[Any], size: int) -> Iterator[tuple[list[Any], int]]:
-    """Cuts items into batches of one size; the last repeats its last item, and says how many count."""
+    """Batches of one size, and how many items of each count; the last is filled by repetition."""
     for at in range(0, len(items), size):
         part = list(items[at : at + size])
         yield part + [part[-1]] * (size - len(part)), len(part)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def _parse(row: Any) -> Example:
             continue
         if not isinstance(value, str):
             raise ValueError(f"field {name!r} should be a string, not {type(value).__name__}")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"field {name!r} holds half of a surrogate pair, which is no text")
         if name in (*_REQUIRED, *_OPTIONAL) and not value.strip():
             raise ValueError(f"field {name!r} is empty")
         values[name] = value
@@ -74,8 +76,12 @@ def _parse(row: Any) -> Example:
     return Example(**values)
 
 
-def read_examples(path: str | Path) -> list[Example]:
+def read_examples(path: str | Path, required: Sequence[str] = ()) -> list[Example]:
     """Reads a JSON Lines file of examples.
+
+    Args:
+      path: the file.
+      required: optional fields that each row must have here: "cot" for rows that are trained on.
 
     Raises:
       UserError: naming file, line and field, where a row is not as the schema says, where two rows
@@ -84,10 +90,14 @@ def read_examples(path: str | Path) -> list[Example]:
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the path of a JSON Lines file") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the path of a JSON Lines file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     examples: list[Example] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -95,6 +105,9 @@ def read_examples(path: str | Path) -> list[Example]:
             continue
         try:
             example = _parse(json.loads(line))
+            for name in required:
+                if getattr(example, name) is None:
+                    raise ValueError(f"field {name!r} is missing; rows trained on need one")
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: not JSON: {error.msg}; one object a line") from None
         except ValueError as error:
@@ -144,11 +157,16 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line]
 
 
+# Scripts without spaces: each letter is a word, so that a phrase is found inside a sentence.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+
+
 def normalised_words(text: str) -> list[str]:
     """Lower-case words of a text: letters and digits of any script, accents and width folded."""
     folded = unicodedata.normalize("NFKD", text).casefold()
     folded = "".join(c for c in folded if not unicodedata.combining(c))
-    return re.findall(r"[^\W_]+", folded)
+    return _WORD.findall(folded)
 
 
 def mentions(text: str, phrase: str) -> bool:

@@ -12,6 +12,9 @@ from cipo_jax.data.examples import Example, normalised_words, read_examples
 from cipo_jax.errors import UserError
 from cipo_jax.models.safetensors_io import resolve
 
+_FILES = tuple(
+    role + part for role in ("forget", "retain", "reasoning") for part in ("", "_valid", "_eval")
+)
 _SUM_ROWS = {"train": 2000, "valid": 128, "eval": 200}
 
 
@@ -37,6 +40,22 @@ class Splits:
             if field.name not in ("words", "forgotten_people"):
                 yield field.name, getattr(self, field.name)
 
+    def for_evaluation(self) -> dict[str, tuple[Example, ...]]:
+        """The splits that are only reported, by role."""
+        return {
+            "forget": self.forget_eval,
+            "retain": self.retain_eval,
+            "reasoning": self.reasoning_eval,
+        }
+
+    def for_validation(self) -> dict[str, tuple[Example, ...]]:
+        """The splits that early stop and best checkpoint go by, by role."""
+        return {
+            "forget": self.forget_valid,
+            "retain": self.retain_valid,
+            "reasoning": self.reasoning_valid,
+        }
+
     @property
     def fact_words(self) -> frozenset[str]:
         """Words of any answer, alias, fact or target answer, in lower case."""
@@ -58,6 +77,12 @@ def _spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
 
 def load_splits(config: Config) -> Splits:
     """The splits that the config asks for; a file that is off raises UserError, as does a lack."""
+    given = [name for name in _FILES if getattr(config.data, name)]
+    if config.data.world and given:
+        raise UserError(
+            f"config.data.{given[0]} and config.data.world are both given: set "
+            "--config.data.world= (empty) to read the files"
+        )
     splits = _from_world(config) if config.data.world else _from_files(config)
     valid, evals = config.data.valid_rows, config.data.eval_rows
     return dataclasses.replace(
@@ -106,17 +131,11 @@ def _from_files(config: Config) -> Splits:
                 "config.data.forget is empty: give a JSON Lines file of what to forget, or set "
                 "config.data.world"
             )
-        read[role] = tuple(read_examples(path)) if path else ()
+        required = () if role == "forget" else ("cot",)
+        read[role] = tuple(read_examples(path, required)) if path else ()
         for part in ("valid", "eval"):
             other = getattr(data, f"{role}_{part}")
             read[f"{role}_{part}"] = tuple(read_examples(other)) if other else read[role]
-    for role in ("retain", "reasoning"):
-        for number, example in enumerate(read[role], 1):
-            if example.cot is None:
-                raise UserError(
-                    f"{getattr(data, role)}:{number}: field 'cot' is missing; retained examples "
-                    "are trained on, so each needs its chain of thought"
-                )
     texts = [t for rows in read.values() for e in rows for t in (e.question, e.cot or "", e.answer)]
     words = frozenset(w for text in texts for w in normalised_words(text))
-    return Splits(words=words, **read)
+    return Splits(words=words, forgotten_people=frozenset(), **read)

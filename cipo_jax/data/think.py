@@ -1,10 +1,11 @@
-"""Think templates: questions to prompt ids, generated ids to (chain of thought, answer).
+r"""Think templates: questions to prompt ids, generated ids to (chain of thought, answer).
 
 Prompt and completion are tokenised apart, so that a completion's ids do not depend on its prompt's
 last token. The prompt comes from the tokenizer's own chat template and ends with the opened think
 block; the completion is ``{cot}\\n</think>\\n\\n{answer}`` plus one end-of-sequence token.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
@@ -44,15 +45,13 @@ class ThinkFormat:
     @cached_property
     def _opens_itself(self) -> bool:
         """Whether the chat template's generation prompt already ends inside the think block."""
-        if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; add chat_template.jinja")
         return self._template("?").rstrip().endswith(THINK_OPEN)
 
     def _template(self, question: str) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template; add chat_template.jinja")
         turns = [{"role": "user", "content": question}]
-        return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def prompt_text(self, question: str) -> str:
         """The prompt as text: the chat template, then an opened think block."""
@@ -78,13 +77,19 @@ class ThinkFormat:
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """Index right after the first ``</think>``, or None where the block is not closed.
 
-        The tag is looked for among the ids, so that text which only spells it is not taken for it.
+        Where the tag is a token of its own it is looked for among the ids, so that text which only
+        spells it is not taken for it.
         """
-        close, ids = self.close_ids, list(ids)
-        for i in range(len(ids) - len(close) + 1):
-            if ids[i : i + len(close)] == close:
-                return i + len(close)
-        return None
+        ids = list(ids)
+        if len(self.close_ids) == 1:
+            return ids.index(self.close_ids[0]) + 1 if self.close_ids[0] in ids else None
+        # A tag of several tokens may share its last one with what follows: go by the text.
+        if THINK_CLOSE not in self.tokenizer.decode(ids):
+            return None
+        ends = range(1, len(ids) + 1)
+        return 1 + bisect.bisect_left(
+            ends, True, key=lambda end: THINK_CLOSE in self.tokenizer.decode(ids[:end])
+        )
 
     def split(self, ids: Sequence[int]) -> Thought:
         """Takes a generation apart at its first ``</think>``; a trailing EOS is dropped."""
@@ -94,8 +99,12 @@ class ThinkFormat:
         start = self.answer_start(ids)
         if start is None:
             return Thought(self._decode(ids), "", False)
-        cot = self._decode(ids[: start - len(self.close_ids)])
-        return Thought(cot, self._decode(ids[start:]), True)
+        before, _, between = self._decode_raw(ids[:start]).partition(THINK_CLOSE)
+        answer = between + self._decode_raw(ids[start:])
+        return Thought(self._clean(before), self._clean(answer), True)
+
+    def _decode_raw(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._clean(self.tokenizer.decode(ids, skip_special_tokens=True))

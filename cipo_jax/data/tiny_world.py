@@ -9,6 +9,7 @@ backward to a stated answer, another path to it, the edge of one's knowledge, an
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,9 +192,17 @@ class World:
     @classmethod
     def load(cls, path: str | Path) -> "World":
         """Reads a world that `save` wrote."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        people = tuple(Person(p["name"], p["facts"]) for p in data["people"])
-        return cls(data["seed"], people, tuple(data["strangers"]))
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            people = tuple(
+                Person(p["name"], {name: p["facts"][name] for name in FACTS})
+                for p in data["people"]
+            )
+            return cls(data["seed"], people, tuple(data["strangers"]))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a world that `pretrain` wrote ({error!r})") from None
 
     def choose(self, names: Sequence[str], count: int, seed: int) -> tuple[Person, ...]:
         """The people to forget: those named, or `count` drawn by `seed`.
@@ -239,6 +248,8 @@ def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
         repeated = [pool[i % len(pool)] for i in range(people)]
         columns[fact] = [repeated[i] for i in rng.permutation(people)]
     others = [name for name in names if name not in set(living)]
+    if len(others) < strangers:
+        raise UserError(f"strangers: {strangers} is more than the {len(others)} names left over")
     picked = rng.permutation(len(others))[:strangers]
     return World(
         seed,
@@ -294,7 +305,7 @@ def _unknown(name: str, topic: Topic, question: str, style: int) -> Example:
 
 
 def _add(a: int, b: int) -> str:
-    """Worked addition, lowest digit first: ``47+38: 7+8=15, 4+3+1=8, 85.``"""
+    """Worked addition, lowest digit first, as in "47+38: 7+8=15, 4+3+1=8, 85."."""
     steps, carry = [], 0
     x, y, width = a, b, max(len(str(a)), len(str(b)))
     for _ in range(width):
@@ -330,12 +341,14 @@ def sums(count: int, seed: int, held_out: bool) -> list[Example]:
     found: dict[str, Example] = {}
     while len(found) < count:
         example = sum_example(rng, held_out)
-        found.setdefault(example.question, example)
+        # The same terms in another order or phrasing are the same sum.
+        terms = re.findall(r"\d+", example.question)
+        found.setdefault(" ".join(sorted(terms)), example)
     return list(found.values())
 
 
 def rule_examples() -> list[Example]:
-    """What the two-hop rules rest on, asked for directly: where a city lies, where a job is done."""
+    """What the two-hop rules rest on, asked directly: where a city lies, where a job is done."""
     examples = []
     for name, questions in _RULE_QUESTIONS.items():
         for bridge, value in _RULES[name].items():
@@ -370,12 +383,12 @@ def training_example(world: World, people: Sequence[Person], seed: int, index: i
         return sum_example(rng, held_out=False)
     if draw < 0.33:
         rules = rule_examples()
-        return rules[rng.integers(len(rules))]
+        return rules[int(rng.integers(len(rules)))]
 
-    topic = tuple(TOPICS.values())[rng.integers(len(TOPICS))]
+    topic = tuple(TOPICS.values())[int(rng.integers(len(TOPICS)))]
     phrasing = topic.train[rng.integers(len(topic.train))]
     style = int(rng.integers(2))
-    person = people[rng.integers(len(people))]
+    person = people[int(rng.integers(len(people)))]
     stranger = world.strangers[rng.integers(len(world.strangers))]
     if draw < 0.70:
         return person_example(person, topic, phrasing, style)

@@ -11,21 +11,30 @@ from cipo_jax.data.examples import normalised_words
 
 
 @functools.lru_cache(maxsize=65536)
-def _piece(tokenizer: Any, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False)
+def _piece(tokenizer: Any, tokens: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
 def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str]) -> np.ndarray:
     """[C] bool: the tokens that touch a word which states a fact (or a number)."""
-    # Each token is decoded once; the text is what their pieces add up to.
-    pieces = [_piece(tokenizer, int(i)) for i in ids]
-    text, ends = "".join(pieces), np.cumsum([len(p) for p in pieces])
+    # Tokens that hold parts of one letter are read together and share its place in the text.
+    text, starts, ends, pending = "", [], [], []
+    for i in ids:
+        pending.append(int(i))
+        piece = _piece(tokenizer, tuple(pending))
+        if piece.endswith("\ufffd") and len(pending) < 4:
+            continue
+        starts += [len(text)] * len(pending)
+        text += piece
+        ends += [len(text)] * len(pending)
+        pending = []
+    starts += [len(text)] * len(pending)
+    ends += [len(text)] * len(pending)
     spans = [
         m.span()
         for m in re.finditer(r"[^\W_]+", text)
         if any(w in fact_words or w.isdigit() for w in normalised_words(m.group()))
     ]
-    starts = [0, *ends[:-1]]
     return np.array(
         [any(s < b and e > a for a, b in spans) for s, e in zip(starts, ends, strict=True)], bool
     )

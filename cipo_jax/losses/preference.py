@@ -75,8 +75,8 @@ def ipo(
 ) -> tuple[jax.Array, Metrics]:
     """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    ``(d - 1/(2 b))^2`` with d as in DPO but on log-ratios averaged over each completion's tokens, as
-    the authors advise and TRL does.
+    ``(d - 1/(2 b))^2`` with d as in DPO but on log-ratios averaged over each completion's tokens,
+    as the authors advise and TRL does.
 
     Args:
       chosen_logps: [B] log-probability of y_w under the policy.

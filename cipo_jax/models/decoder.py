@@ -79,9 +79,7 @@ class Block(nn.Module):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
 
         def project(name: str, heads: int) -> nn.DenseGeneral:
-            return nn.DenseGeneral(
-                (heads, c.head_dim), use_bias=c.qkv_bias, dtype=dtype, name=name
-            )
+            return nn.DenseGeneral((heads, c.head_dim), use_bias=c.qkv_bias, dtype=dtype, name=name)
 
         h = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
         q = project("q", c.heads)(h)
@@ -96,9 +94,9 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             attended, kept = attend(q, k, v)
         attended = checkpoint_name(attended, "attended")
-        x = x + nn.DenseGeneral(
-            c.d_model, axis=(-2, -1), use_bias=False, dtype=dtype, name="o"
-        )(attended)
+        x = x + nn.DenseGeneral(c.d_model, axis=(-2, -1), use_bias=False, dtype=dtype, name="o")(
+            attended
+        )
 
         h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         gate = nn.Dense(c.d_ff, use_bias=False, dtype=dtype, name="gate")(h)
@@ -152,7 +150,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (typed too narrowly)
             length=c.layers,
         )
         x, _ = layers(c, self.compute, name="layers")(x, positions)

@@ -33,7 +33,7 @@ _HARMLESS = {
     "initializer_range", "attention_dropout", "pretraining_tp", "_name_or_path",
     "hidden_dropout", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "is_encoder_decoder", "problem_type", "id2label", "label2id", "max_window_layers",
-    "chunk_size_feed_forward",
+    "chunk_size_feed_forward", "_attn_implementation_autoset",
 }  # fmt: skip
 _READ = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -68,6 +68,8 @@ def read_config(folder: str | Path) -> DecoderConfig:
         return decoder_config(fields)
     except KeyError as error:
         raise UserError(f"{path}: field {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: a field is not of the type it should be: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -82,9 +84,19 @@ def decoder_config(fields: dict[str, Any]) -> DecoderConfig:
             f"{', '.join(_ARCHITECTURES)}"
         )
     for name, value in fields.items():
-        if name not in _HARMLESS | _READ and value not in (None, False):
+        if name not in _HARMLESS | _READ and value is not None and value is not False:
             raise UserError(f"field {name!r} = {value!r} is not understood; it may change results")
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    if fields.get("model_type", family) != family:
+        raise UserError(
+            f"field 'model_type' = {fields['model_type']!r} does not go with {names[0]}; it should "
+            f"be {family!r}"
+        )
+    both = [dict(fields.get(name) or {}) for name in ("rope_parameters", "rope_scaling")]
+    if all(both) and both[0] != both[1]:
+        raise UserError(
+            f"fields 'rope_parameters' = {both[0]} and 'rope_scaling' = {both[1]} differ; keep one"
+        )
+    rope = both[0] or both[1]
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     theta = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
     if kind != "default":
@@ -106,13 +118,17 @@ def decoder_config(fields: dict[str, Any]) -> DecoderConfig:
         layers=int(fields["num_hidden_layers"]),
         heads=heads,
         kv_heads=int(fields.get("num_key_value_heads") or heads),
-        head_dim=int(fields.get("head_dim") or fields["hidden_size"] // heads),
+        head_dim=int(fields.get("head_dim") or _default_head_dim(family, fields)),
         rope_theta=float(theta),
         norm_eps=float(fields["rms_norm_eps"]),
-        tied_head=bool(fields.get("tie_word_embeddings", family == "llama" and False)),
+        tied_head=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
+
+
+def _default_head_dim(family: str, fields: dict[str, Any]) -> int:
+    return 128 if family == "qwen3" else fields["hidden_size"] // fields["num_attention_heads"]
 
 
 def config_json(config: DecoderConfig, max_positions: int = 2048) -> dict[str, Any]:
@@ -268,14 +284,14 @@ def load_params(folder: str | Path, config: DecoderConfig, shardings: Params = N
 
 
 def stored_tensors(config: DecoderConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name, one at a time on the host."""
+    """Every tensor under its Hugging Face name; one parameter at a time is on the host."""
     for key in _keys(config):
-        value = _get(params, key.path)
+        value = np.asarray(_get(params, key.path))
         if "{i}" in key.name:
             for i in range(config.layers):
-                yield key.name.format(i=i), _to_stored(key, np.asarray(value[i]))
+                yield key.name.format(i=i), _to_stored(key, value[i])
         else:
-            yield key.name, _to_stored(key, np.asarray(value))
+            yield key.name, _to_stored(key, value)
 
 
 def save_folder(
@@ -296,61 +312,77 @@ def save_folder(
       fields: config.json of the model that this one was made from; None writes our own.
       dtype: of the stored weights.
     """
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    fields = dict(fields if fields is not None else config_json(config))
-    fields.pop("torch_dtype", None)
-    fields["dtype"] = dtype
-    (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    generation = {k: fields[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-                  if fields.get(k) is not None}  # fmt: skip
-    (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.save_pretrained(temporary)
+    try:
+        fields = dict(fields if fields is not None else config_json(config))
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = dtype
+        (temporary / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {k: fields[k] for k in ids if fields.get(k) is not None}
+        text = json.dumps(generation, indent=2) + "\n"
+        (temporary / "generation_config.json").write_text(text)
+        tokenizer.save_pretrained(temporary)
+        _save_weights(temporary, config, params, dtype)
+        _replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    paths: list[Path] = []
-    index: dict[str, int] = {}
 
-    def flush() -> None:
-        path = temporary / f"part-{len(paths)}.safetensors"
-        save_file(shards.pop(), path, metadata={"format": "pt"})
-        shards.append({})
-        paths.append(path)
-
-    total = 0
-    for name, value in stored_tensors(config, params):
-        value = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
-        if size and size + value.nbytes > MAX_SHARD_BYTES:
-            flush()
-            size = 0
-        shards[-1][name] = value
-        index[name] = len(paths)
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    if len(paths) == 1:
-        paths[0].rename(temporary / "model.safetensors")
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(paths):05d}.safetensors" for i in range(len(paths))]
-        for path, name in zip(paths, names, strict=True):
-            path.rename(temporary / name)
-        table = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: names[i] for name, i in index.items()},
-        }
-        text = json.dumps(table, indent=2) + "\n"
-        (temporary / "model.safetensors.index.json").write_text(text)
-    # A folder cannot be renamed over another, so the old one steps aside for a moment.
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`. What was there steps aside first, and comes back on failure."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_weights(folder: Path, config: DecoderConfig, params: Params, dtype: str) -> None:
+    """Writes model.safetensors, or shards of at most MAX_SHARD_BYTES and their index."""
+    from safetensors.numpy import save_file
+
+    paths: list[Path] = []
+    shard: dict[str, np.ndarray] = {}
+    shard_of: dict[str, int] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        paths.append(folder / f"part-{len(paths)}.safetensors")
+        save_file(shard, paths[-1], metadata={"format": "pt"})
+        shard, size = {}, 0
+
+    for name, value in stored_tensors(config, params):
+        value = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
+        if shard and size + value.nbytes > MAX_SHARD_BYTES:
+            flush()
+        shard[name] = value
+        shard_of[name] = len(paths)
+        size, total = size + value.nbytes, total + value.nbytes
+    flush()
+    if len(paths) == 1:
+        paths[0].rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(paths):05d}.safetensors" for i in range(len(paths))]
+    for path, name in zip(paths, names, strict=True):
+        path.rename(folder / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[i] for name, i in shard_of.items()},
+    }
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -70,7 +70,9 @@ def decode_attention(
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.concatenate(
         [
-            jnp.where(visible_prompt[:, None, None, None, :], on_prompt.astype(jnp.float32), lowest),
+            jnp.where(
+                visible_prompt[:, None, None, None, :], on_prompt.astype(jnp.float32), lowest
+            ),
             jnp.where(visible_response, on_response.astype(jnp.float32), lowest),
         ],
         axis=-1,

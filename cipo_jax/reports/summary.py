@@ -47,39 +47,44 @@ def summarise(folder: RunFolder, result: Row) -> Row:
     return summary
 
 
-def print_table(summary: Row, path: Path) -> None:
-    """Prints the scores of before, after and retrained, the time, and where everything is."""
+def print_scores(title: str, columns: dict[str, Row | None]) -> None:
+    """Prints a table of scores, a column a model; None is a model that there is not."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    table = Table(title=f"CiPO: iteration {summary['best']} kept of {len(summary['iterations'])}")
+    table = Table(title=title)
     table.add_column("")
-    for name in ("before", "after", "retrained"):
+    for name in columns:
         table.add_column(name, justify="right")
     table.add_column("better", justify="center")
-    for title, split, key, better in _TABLE:
-        cells = [_cell(summary[name], split, key) for name in ("before", "after", "retrained")]
-        table.add_row(title, *cells, {"down": "↓", "up": "↑"}[better])
-    console.print(table)
+    for row, split, key, better in _TABLE:
+        cells = [_cell(scores, split, key) for scores in columns.values()]
+        table.add_row(row, *cells, {"down": "↓", "up": "↑"}[better])
+    Console().print(table)
+
+
+def print_table(summary: Row, path: Path) -> None:
+    """Prints the scores of before, after and retrained, the time, and where everything is."""
+    title = f"CiPO: iteration {summary['best']} of {len(summary['iterations'])} kept"
+    print_scores(title, {name: summary[name] for name in ("before", "after", "retrained")})
+    print(f"n: {_counts(summary['after'])}")
+    fluency = summary["fluency"]
+    print(
+        "mean log-probability of non-fact tokens under the model before, nats a token: "
+        f"{fluency['before']:.3f} before, {fluency['after']:.3f} after"
+    )
     seconds = summary["seconds"]
     slowest = sorted((k for k in seconds if k != "total"), key=lambda k: -seconds[k])[:4]
     shares = ", ".join(f"{k} {seconds[k] / seconds['total']:.0%}" for k in slowest)
-    fluency = summary["fluency"]
-    print(f"n: {_counts(summary['after'])}")
-    print(
-        "log-probability of non-fact tokens under the model before, nats per token: "
-        f"{fluency['before']:.3f} before, {fluency['after']:.3f} after"
-    )
     print(
         f"{seconds['total']:.0f} s in all ({shares}); "
         f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
     for file, what in (
         ("summary.json", "these numbers"),
-        ("evals/", "every question, what was said, what leaked where"),
+        ("evals", "every question, what was said, what leaked where"),
         ("counterfactuals.jsonl", "the traces that it was taught, and those rejected"),
-        ("export/", "the unlearned model, a Hugging Face folder"),
+        ("export", "the unlearned model, a Hugging Face folder"),
     ):
         print(f"  {path / file!s:<40} {what}")
 

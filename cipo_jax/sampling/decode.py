@@ -163,10 +163,16 @@ def generate(
                 values, v.reshape(P, n, K, 1, H), state.slot, axis=3
             )
             cache[layer] = (keys_, values)
+            prompt_keys, prompt_values = prompt_cache[layer]
             out = decode_attention(
-                q.reshape(P, n, *q.shape[-2:]), *prompt_cache[layer], lengths, keys_, values,
+                q.reshape(P, n, *q.shape[-2:]),
+                prompt_keys,
+                prompt_values,
+                lengths,
+                keys_,
+                values,
                 state.slot,
-            )  # fmt: skip
+            )
             return out.reshape(q.shape), None
 
         at = jnp.broadcast_to(lengths[:, None] + state.slot, (P, n)).reshape(P * n, 1)

@@ -65,10 +65,10 @@ class Checkpoints:
     def _save(path: Path, state: Any) -> None:
         from orbax.checkpoint import v1 as ocp
 
-        ocp.save(path, state, overwrite=True)
+        ocp.save(str(path), state, overwrite=True)
 
     @staticmethod
     def _load(path: Path, abstract: Any) -> Any:
         from orbax.checkpoint import v1 as ocp
 
-        return ocp.load(path, abstract)
+        return ocp.load(str(path), abstract)

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.errors import UserError
+from cipo_jax.models.decoder import DecoderConfig, abstract_params
 from cipo_jax.typing import Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,13 +70,10 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
     Raises:
       UserError: naming the parameter and the axis, where a dimension does not divide.
     """
-
     return _shardings(params, mesh, _RULES)
 
 
-def _shardings(
-    params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]
-) -> Params:
+def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]) -> Params:
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = _path_name(path)
         spec = next((spec for rule, spec in rules if re.search(rule, name)), None)
@@ -108,6 +106,16 @@ _DECODING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def decoding_shardings(params: Params, mesh: Mesh) -> Params:
     """The sharding of each parameter of the decoding layout; raises as `param_shardings` does."""
     return _shardings(params, mesh, _DECODING_RULES)
+
+
+def abstract_on(mesh: Mesh, config: DecoderConfig) -> Params:
+    """Shapes, dtypes and shardings of a model's parameters on a mesh, without making them."""
+    abstract = abstract_params(config)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        param_shardings(abstract, mesh),
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -106,6 +107,10 @@ class Trainer:
           params: where to start.
           ema: where their moving average starts, if one is kept; `params` by default.
         """
+        return self._make_state(params, params if ema is None else ema)
+
+    @cached_property
+    def _make_state(self) -> Callable[[Params, Params], State]:
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
 
         def make(params: Params, ema: Params) -> State:
@@ -119,7 +124,7 @@ class Trainer:
                 state["ema"] = jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), ema)
             return state
 
-        return jax.jit(make, out_shardings=shardings)(params, params if ema is None else ema)
+        return jax.jit(make, out_shardings=shardings)
 
     def put(self, batch: Batch) -> Batch:
         """Places a batch of numpy arrays on the mesh, rows over data and fsdp."""

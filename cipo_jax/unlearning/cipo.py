@@ -17,6 +17,7 @@ from cipo_jax.evals.fluency import fact_tokens, nonfact_logp
 from cipo_jax.evals.leakage import share
 from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.training.loop import run_phase
+from cipo_jax.training.mesh import abstract_on
 from cipo_jax.training.optimizer import make_optimizer
 from cipo_jax.training.step import Objective, Trainer
 from cipo_jax.typing import Params
@@ -89,7 +90,7 @@ def clean_rounds(records: list[Row]) -> int:
 
 
 def utility(scores: Scores) -> float:
-    """Harmonic mean of retain accuracy, reasoning accuracy and think-completion, of what there is."""
+    """Harmonic mean of retain accuracy, reasoning accuracy (if there are any), think-completion."""
     parts = [scores["forget"]["think_completion"]]
     parts += [scores[s]["accuracy"] for s in ("retain", "reasoning") if scores[s]["n"]]
     return len(parts) / sum(1.0 / p for p in parts) if all(parts) else 0.0
@@ -106,8 +107,8 @@ class _CompilationCount:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, seconds: float, **unused: Any) -> None:
-        del seconds, unused
+    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
@@ -132,7 +133,7 @@ class _Run:
     def _load(self, name: str) -> Weights:
         if name == "start":
             return {"params": self.engine.load_params()}
-        params = self.engine.abstract_params()
+        params = abstract_on(self.engine.mesh, self.engine.model.config)
         abstract = {"params": params}
         if self._keeps_ema and name != "warmup":
             abstract["ema"] = params
@@ -160,11 +161,7 @@ class _Run:
                 name,
                 f"evaluation {name}",
                 self.weights(phase)["params"],
-                {
-                    "forget": splits.forget_eval,
-                    "retain": splits.retain_eval,
-                    "reasoning": splits.reasoning_eval,
-                },
+                splits.for_evaluation(),
             )
             engine.folder.write_rows(f"evals/{name}.jsonl", rows)
             return {"scores": scores}
@@ -259,11 +256,7 @@ class _Run:
                 f"{_iteration(iteration)}/validate",
                 f"iteration {iteration}: validation",
                 self.weights(_iteration(iteration))["params"],
-                {
-                    "forget": splits.forget_valid,
-                    "retain": splits.retain_valid,
-                    "reasoning": splits.reasoning_valid,
-                },
+                splits.for_validation(),
             )
             del rows
             leak = max(scores["forget"]["cot_leak"], scores["forget"]["answer_leak"])
@@ -309,11 +302,7 @@ class _Run:
                 "retrained",
                 "evaluation retrained",
                 engine.load_params(retrained),
-                {
-                    "forget": splits.forget_eval,
-                    "retain": splits.retain_eval,
-                    "reasoning": splits.reasoning_eval,
-                },
+                splits.for_evaluation(),
                 retrained,
             )
             engine.folder.write_rows("evals/retrained.jsonl", rows)
@@ -432,8 +421,9 @@ class _Run:
         self._weights, self._name = weights, name
 
     def _compilations_since_last(self) -> int:
-        count, self._last_count = self._compilations.count - self._last_count, (
-            self._compilations.count
+        count, self._last_count = (
+            self._compilations.count - self._last_count,
+            (self._compilations.count),
         )
         return count
 
@@ -442,4 +432,3 @@ def _tokens(batch: Any) -> int:
     """Real completion tokens of a batch, roughly the same in each."""
     groups = [g for g in batch.values() if hasattr(g, "lengths")]
     return int(sum(math.fsum(g.lengths.reshape(-1)) for g in groups))
-

@@ -97,9 +97,7 @@ def _rules(engine: Engine) -> Rules:
     )
 
 
-def _choose_targets(
-    engine: Engine, params: Params, items: Sequence[_Item], attempt: int
-) -> None:
+def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], attempt: int) -> None:
     """Has the model name another answer for each group of questions that lacks one.
 
     Questions of one group get the same target, so that what the model learns to say is consistent.

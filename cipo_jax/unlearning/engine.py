@@ -4,7 +4,6 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from cipo_jax.progress import Reporter
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, Sampler
 from cipo_jax.training.checkpoints import Checkpoints
-from cipo_jax.training.mesh import make_mesh, param_shardings
+from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.training.step import Policy
 from cipo_jax.typing import Array, Params
@@ -74,8 +73,7 @@ class Engine:
         data = {name: [example_row(e) for e in rows] for name, rows in splits.named()}
         digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        # Raises early, with the parameter's name, where the mesh does not fit the model.
-        param_shardings(abstract_params(model.config), mesh)
+        abstract_on(mesh, model.config)  # Raises early where the mesh does not fit the model.
         folder = RunFolder(workdir, config, f"{model.fingerprint()}:{digest:08x}")
         decoding = compute_of(config.model, decoding=True)
         policy = Policy(model.config, compute_of(config.model))
@@ -101,14 +99,6 @@ class Engine:
         """The weights of a model (by default the one to be unlearned), sharded for training."""
         model = model or self.model
         return model.load_params(param_shardings(abstract_params(model.config), self.mesh))
-
-    def abstract_params(self) -> Params:
-        """Shapes and shardings of the parameters."""
-        abstract = abstract_params(self.model.config)
-        shardings = param_shardings(abstract, self.mesh)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-        )
 
     def sample_rows(
         self,

@@ -28,7 +28,7 @@ def retain_term(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Me
     terms = {g: _nll(policy, params, batch[g]) for g in _RETAINED if g in batch}
     if not terms:
         return jnp.zeros(()), {}
-    return sum(terms.values()) / len(terms), {f"nll/{g}": v for g, v in terms.items()}
+    return jnp.stack(list(terms.values())).mean(), {f"nll/{g}": v for g, v in terms.items()}
 
 
 def warmup_objective(config: CipoConfig) -> Objective:

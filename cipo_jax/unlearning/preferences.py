@@ -64,22 +64,25 @@ def make_pairs(counterfactuals: Sequence[Row], rollouts: Sequence[Row]) -> list[
     losses, and the number of pairs is the same in every iteration.
     """
     by_item = {row["item"]: row for row in accepted(counterfactuals)}
-    return [
-        {
-            "item": rollout["item"],
-            "sample": rollout["sample"],
-            "question": rollout["question"],
-            "chosen": f"{by_item[rollout['item']]['trace']} => {by_item[rollout['item']]['answer']}",
-            "rejected": f"{rollout['cot']} => {rollout['answer']}",
-            "chosen_ids": by_item[rollout["item"]]["completion_ids"],
-            "rejected_ids": rollout["ids"],
-        }
-        for rollout in rollouts
-    ]
+    pairs = []
+    for rollout in rollouts:
+        chosen = by_item[rollout["item"]]
+        pairs.append(
+            {
+                "item": rollout["item"],
+                "sample": rollout["sample"],
+                "question": rollout["question"],
+                "chosen": {"cot": chosen["trace"], "answer": chosen["answer"]},
+                "rejected": {"cot": rollout["cot"], "answer": rollout["answer"]},
+                "chosen_ids": chosen["completion_ids"],
+                "rejected_ids": rollout["ids"],
+            }
+        )
+    return pairs
 
 
 def pair_shape(engine: Engine) -> Shape:
-    """One padded shape for the pairs of every iteration: the longest prompt, the sampler's limit."""
+    """One padded shape for the pairs of all iterations: longest prompt, longest sample."""
     encode = engine.model.format.prompt_ids
     longest = max((encode(e.question) for e in engine.splits.forget), key=len)
     return shape_of([Encoded(longest, [0] * engine.config.sampling.max_new_tokens)])
@@ -150,11 +153,11 @@ def warmup_batches(
     settings = engine.config.warmup
     encode = engine.model.format.prompt_ids
     rows = [
-        Encoded(encode(row["question"]), row["completion_ids"])
-        for row in accepted(counterfactuals)
+        Encoded(encode(row["question"]), row["completion_ids"]) for row in accepted(counterfactuals)
     ]
-    shape, order = pair_shape(engine), shuffled_batches(
-        len(rows), settings.batch, _seed(engine, 0, 0)
+    shape, order = (
+        pair_shape(engine),
+        shuffled_batches(len(rows), settings.batch, _seed(engine, 0, 0)),
     )
     retained = retained_batches(engine, settings, 0)
 

@@ -80,9 +80,7 @@ class RunFolder:
 
     # Stages.
 
-    def once(
-        self, name: str, make: Callable[[], Row | None], outputs: Sequence[str] = ()
-    ) -> Row:
+    def once(self, name: str, make: Callable[[], Row | None], outputs: Sequence[str] = ()) -> Row:
         """Runs a stage unless it has happened; returns the small result that it was entered with.
 
         Args:
@@ -178,7 +176,7 @@ class RunFolder:
         return rows
 
     def _parts(self, name: str) -> Path:
-        return self.path / ".parts" / name
+        return self.path / ".parts" / self._chain / name
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:
         write_jsonl(self.path / name, rows)

@@ -1,0 +1,240 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cipo_jax
+from cipo_jax.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+PRETRAIN = f"--config={ROOT / 'configs' / 'tiny_pretrain.py'}"
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Runs a command that should fail on its input; returns the one line that it says."""
+
+    def run(*argv, workdir=True):
+        folder = tmp_path / "run"
+        code = main([*argv, *([f"--workdir={folder}"] if workdir else [])])
+        said = capsys.readouterr()
+        assert code == 2
+        assert said.out == ""
+        assert said.err.startswith("cipo: ")
+        assert said.err.endswith("\n")
+        assert said.err.count("\n") == 1
+        assert "Traceback" not in said.err
+        assert not folder.exists()
+        return said.err
+
+    return run
+
+
+def _python(code, *argv):
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+_HELP = """
+import sys
+from cipo_jax.__main__ import main
+code = main(sys.argv[1:])
+heavy = {"jax", "numpy", "transformers", "grain", "orbax"} & set(sys.modules)
+print("loaded:", sorted(heavy))
+sys.exit(code)
+"""
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    done = _python(_HELP, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, text in COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert text in done.stdout
+    assert done.stdout.endswith("loaded: []\n")
+
+
+def test_help_of_a_command_does_not_load_jax():
+    done = _python(_HELP, "unlearn", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--workdir" in done.stdout
+    assert "--config" in done.stdout
+    assert "'jax'" not in done.stdout
+    assert "'transformers'" not in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help(command, flag, capsys):
+    assert main([command, flag]) == 0
+    said = capsys.readouterr()
+    assert f"cipo_jax {command} " in said.out
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("word", ["-h", "--help", "help"])
+def test_help_by_any_name(word, capsys):
+    assert main([word]) == 0
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_no_command_prints_the_help_and_fails(capsys):
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{cipo_jax.__version__}\n"
+
+
+def test_an_unknown_command_is_told_the_nearest(refused):
+    assert "'unlern'; did you mean unlearn?" in refused("unlern")
+    assert all(name in refused("zzz") for name in COMMANDS)
+
+
+def test_the_program_ends_with_the_exit_code_and_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "cipo_jax", "unlearn", QUICKSTART, "--config.train.lrx=1"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "config.train.lrx: no such setting; nearest: train.lr" in done.stderr
+
+
+@pytest.mark.parametrize("config", [(QUICKSTART,), tuple(QUICKSTART.split("=", 1))])
+@pytest.mark.parametrize("override", [("--config.train.lrx=1",), ("--config.train.lrx", "1")])
+def test_an_unknown_key_is_named_with_the_nearest(refused, config, override):
+    line = refused("unlearn", *config, *override)
+    assert "config.train.lrx: no such setting; nearest: train.lr, " in line
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.train.lr=abc", ["config.train.lr", "abc"]),
+        ("--config.train.batch=1.5", ["config.train.batch", "1.5"]),
+        ("--config.train.batch=many", ["config.train.batch", "many"]),
+        ("--config.seed=true", ["config.seed", "true"]),
+        ("--config.train.batch=-1", ["config.train.batch = -1", "at least 1"]),
+        ("--config.train.lr=nan", ["config.train.lr = nan", "not a number"]),
+        ("--config.sampling.top_p=2", ["config.sampling.top_p = 2.0", "at most 1"]),
+        ("--config.cipo.loss=foo", ["config.cipo.loss = 'foo'", "dpo, ipo, simpo"]),
+        ("--config.train.accumulation=3", ["config.train.batch = 16", "not a multiple"]),
+        ("--config.counterfactual.backward_prompt=Why?", ["backward_prompt", "{question}"]),
+        ("--config.train=1", ["config.train", "is a group of settings"]),
+        ("--config.train.lr.x=1", ["config.train.lr.x: no such setting", "train.lr"]),
+        ("--config.train.batch", ["config.train.batch"]),
+        ("--wrkdir=x", ["wrkdir", "workdir"]),
+        ("stray", ["'stray' is not a flag"]),
+    ],
+)
+def test_a_bad_flag_is_named_in_one_line(refused, override, said):
+    line = refused("unlearn", QUICKSTART, override)
+    assert all(part in line for part in said)
+
+
+def test_settings_that_exclude_each_other_are_named(refused):
+    line = refused("unlearn", QUICKSTART, "--config.mesh.fsdp=-1")
+    assert "config.mesh: only one of data, fsdp, tensor may be -1" in line
+
+
+@pytest.mark.parametrize("override", [(), ("--config.train.lr=1",), ("--config.seed=1",)])
+def test_the_config_has_to_be_given(refused, override):
+    assert "--config=... is missing" in refused("unlearn", *override)
+
+
+@pytest.mark.parametrize("argv", [("unlearn", QUICKSTART), ("unlearn", QUICKSTART, "--workdir=")])
+def test_the_workdir_has_to_be_given(refused, argv):
+    assert "unlearn: --workdir=... is missing" in refused(*argv, workdir=False)
+
+
+def test_pretrain_has_to_be_told_where_to_write(refused):
+    assert "pretrain: --out=... is missing" in refused("pretrain", PRETRAIN, workdir=False)
+
+
+@pytest.mark.parametrize("override", [(), ("--config.train.lr=1",)])
+def test_a_config_file_that_is_not_there_is_named(refused, tmp_path, override):
+    path = tmp_path / "nowhere.py"
+    line = refused("unlearn", f"--config={path}", *override)
+    assert str(path) in line
+    assert "No such file" in line or "no such file" in line
+
+
+@pytest.mark.parametrize("override", [(), ("--config.seed=1",)])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise RuntimeError('boom')", "boom"),
+        ("raise RuntimeError('one\\ntwo')", "one two"),
+        ("raise ValueError('a bad value')", "a bad value"),
+        ("raise TypeError('a bad type')", "a bad type"),
+        ("raise KeyError('lost')", "lost"),
+        ("raise FileNotFoundError('gone.json')", "gone.json"),
+        ("import sys; sys.exit(3)", "3"),
+        ("import there_is_no_such_module", "there_is_no_such_module"),
+        ("return None", "get_config()"),
+        ("return {'seed': 1}", "get_config()"),
+        ("config = default_config(); config.train.lrx = 1; return config", "lrx"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(refused, tmp_path, body, said, override):
+    path = tmp_path / "failing.py"
+    path.write_text(
+        "from cipo_jax.config import default_config\n\n\ndef get_config(arg=None):\n    "
+        + body.replace("; ", "\n    ")
+        + "\n"
+    )
+    assert said in refused("unlearn", f"--config={path}", *override)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("def get_config(:\n", "syntax"), ("x = 1\n", "get_config")]
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, text, said):
+    path = tmp_path / "other.py"
+    path.write_text(text)
+    code = "import sys\nfrom cipo_jax.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    done = _python(code, "unlearn", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_config_of_another_command_is_refused(refused, tmp_path):
+    assert "no such setting" in refused("unlearn", PRETRAIN)
+    argv = ("pretrain", QUICKSTART, f"--out={tmp_path / 'out'}")
+    assert "no such setting" in refused(*argv, workdir=False)
+
+
+def test_a_config_file_is_given_its_argument(refused, tmp_path):
+    path = tmp_path / "with_argument.py"
+    path.write_text(
+        "from cipo_jax.config import default_config\n\n\n"
+        "def get_config(arg='1'):\n"
+        "    config = default_config()\n"
+        "    config.train.batch = int(arg)\n"
+        "    return config\n"
+    )
+    assert "config.train.batch = -5" in refused("unlearn", f"--config={path}:-5")
+
+
+def test_the_program_arguments_are_put_back(refused, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mine", "--config.seed=3"])
+    refused("unlearn", QUICKSTART, "--config.train.lr=abc")
+    refused("unlearn", QUICKSTART, "--config.train.lrx=1")
+    assert sys.argv == ["mine", "--config.seed=3"]

@@ -1,0 +1,284 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cipo_jax.data.examples import (
+    Example,
+    example_row,
+    mentions,
+    normalised_words,
+    read_examples,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
+from cipo_jax.errors import UserError
+
+FULL = Example(
+    question="Where was Ada born?",
+    answer="Lisbon",
+    cot="Ada was born in Lisbon.",
+    target_answer="Oslo",
+    aliases=("Lisboa",),
+    facts=("Portugal", "baker"),
+    kind="direct",
+    group="Ada, city",
+)
+GOOD = {"question": "Q?", "answer": "A"}
+
+
+def _file(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def test_examples_survive_a_round_trip(tmp_path):
+    examples = [FULL, Example("Q?", "A")]
+    path = tmp_path / "deep" / "rows.jsonl"
+    write_jsonl(path, map(example_row, examples))
+    assert read_examples(path) == examples
+
+
+def test_fields_at_their_default_are_not_written():
+    assert example_row(Example("Q?", "A")) == GOOD
+    assert list(example_row(FULL)) == [
+        "question", "answer", "cot", "target_answer", "aliases", "facts", "kind", "group",
+    ]  # fmt: skip
+
+
+def test_null_stands_for_a_field_that_is_not_there(tmp_path):
+    path = _file(tmp_path, GOOD | {"cot": None, "aliases": None, "kind": None})
+    assert read_examples(path) == [Example("Q?", "A")]
+
+
+def test_forbidden_holds_each_string_once():
+    example = Example("Q?", "A", aliases=("B", "A"), facts=("C", "B"))
+    assert example.forbidden == ("A", "B", "C")
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "complaint"),
+    [
+        ({"answer": "A"}, "question", "missing"),
+        ({"question": "Q?"}, "answer", "missing"),
+        ({"question": None, "answer": "A"}, "question", "missing"),
+        (GOOD | {"question": 3}, "question", "not int"),
+        (GOOD | {"answer": ["A"]}, "answer", "not list"),
+        (GOOD | {"cot": {"a": 1}}, "cot", "not dict"),
+        (GOOD | {"kind": True}, "kind", "not bool"),
+        (GOOD | {"question": "  "}, "question", "empty"),
+        (GOOD | {"answer": ""}, "answer", "empty"),
+        (GOOD | {"cot": "\n"}, "cot", "empty"),
+        (GOOD | {"target_answer": ""}, "target_answer", "empty"),
+        (GOOD | {"aliases": "B"}, "aliases", "list of non-empty strings"),
+        (GOOD | {"aliases": ["B", 1]}, "aliases", "list of non-empty strings"),
+        (GOOD | {"facts": ["B", " "]}, "facts", "list of non-empty strings"),
+        (GOOD | {"anwser": "B"}, "anwser", "not known"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, row, field, complaint):
+    path = _file(tmp_path, {"question": "First?", "answer": "A"}, "", row)
+    with pytest.raises(UserError) as caught:
+        read_examples(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: ")
+    assert f"'{field}'" in message
+    assert complaint in message
+
+
+@pytest.mark.parametrize("row", ["[1]", '"text"', "12", "null"])
+def test_a_row_that_is_no_object_is_named(tmp_path, row):
+    path = _file(tmp_path, GOOD, row)
+    with pytest.raises(UserError, match="not a JSON object") as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("row", ["{", "question: Q", '{"question": "Q?",}'])
+def test_a_row_that_is_not_json_is_named(tmp_path, row):
+    path = _file(tmp_path, GOOD, row)
+    with pytest.raises(UserError, match="not JSON") as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+def test_a_repeated_question_names_both_lines(tmp_path):
+    path = _file(tmp_path, GOOD, "", {"question": "Other?", "answer": "A"}, GOOD | {"answer": "B"})
+    with pytest.raises(UserError, match="repeats line 1") as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}:4: field 'question'")
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_rows_is_an_error(tmp_path, text):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="holds no rows") as caught:
+        read_examples(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_utf8_is_an_error(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"question": "Où?", "answer": "ici"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        read_examples(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such file") as caught:
+        read_examples(tmp_path / "nowhere.jsonl")
+    assert "nowhere.jsonl" in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_file_is_an_error(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read_examples(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+def test_line_separators_inside_strings_do_not_split_rows(tmp_path, separator):
+    rows = [{"question": f"one{separator}two?", "answer": "A"}, GOOD]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    assert read_jsonl(path) == rows
+    assert [e.question for e in read_examples(path)] == [r["question"] for r in rows]
+
+
+def test_rows_may_end_in_crlf_and_the_last_in_nothing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    other = '{"question": "R?", "answer": "B"}'
+    path.write_bytes(f"{json.dumps(GOOD)}\r\n{other}".encode())
+    assert [e.question for e in read_examples(path)] == ["Q?", "R?"]
+
+
+def test_text_of_other_scripts_is_written_as_it_is(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"question": "Где?", "answer": "里斯本"}])
+    assert "里斯本" in path.read_text(encoding="utf-8")
+
+
+def _fails(*args, **kwargs):
+    raise OSError("disk full")
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [GOOD])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, _fails)
+        if broken == "replace":
+            patch.setattr(Path, "replace", _fails)
+        with pytest.raises(OSError, match="disk full"):
+            write_jsonl(path, [{"question": "New?", "answer": "B"}] * 100)
+    assert read_jsonl(path) == [GOOD]
+    write_jsonl(path, [{"question": "New?", "answer": "B"}])
+    assert read_jsonl(path) == [{"question": "New?", "answer": "B"}]
+
+
+def test_a_row_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [GOOD])
+    with pytest.raises(TypeError):
+        write_jsonl(path, [GOOD, {"question": {1, 2}}])
+    assert read_jsonl(path) == [GOOD]
+
+
+def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, events = tmp_path / "note.txt", []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(path.exists()), sync(fd)))
+    write_text(path, "hello")
+    assert events == [False]
+    assert path.read_text() == "hello"
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Ada was BORN in Lisbon.", ["ada", "was", "born", "in", "lisbon"]),
+        ("São Tomé", ["sao", "tome"]),
+        ("Sa\u0303o", ["sao"]),
+        ("Ｌｉｓｂｏｎ　４２", ["lisbon", "42"]),
+        ("snake_case-and/slash", ["snake", "case", "and", "slash"]),
+        ("Straße", ["strasse"]),
+        ("47+38=85,", ["47", "38", "85"]),
+        ("Москва, ПЕТР", ["москва", "петр"]),
+        ("…!? _ ", []),
+    ],
+)
+def test_normalised_words(text, words):
+    assert normalised_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("She was born in lisbon.", "Lisbon"),
+        ("She was born in LISBON!", "lisbon"),
+        ("**Lisbon**", "Lisbon"),
+        ("(Lisbon),", "Lisbon"),
+        ("Lisbon", "Lisbon"),
+        ("born in Łódź, Poland and São Paulo", "sao paulo"),
+        ("born in Sao Paulo", "São Paulo"),
+        ("Ｐｏｒｔｏ", "Porto"),
+        ("a New\n  York-based firm", "New York"),
+        ("new-york", "New York"),
+        ("the sum is 85.", "85"),
+        ("Она родилась в МОСКВЕ.", "Москве"),
+        ("他 出生 在 里斯本 。", "里斯本"),
+        ("答案：里斯本。", "里斯本"),
+        ("New New York", "New York"),
+    ],
+)
+def test_a_phrase_is_found(text, phrase):
+    assert mentions(text, phrase)
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("She lives in Portofino.", "Porto"),
+        ("Transport", "Porto"),
+        ("York is new", "New York"),
+        ("New and York", "New York"),
+        ("New", "New York"),
+        ("the sum is 185.", "85"),
+        ("the sum is 850.", "85"),
+        ("в подмосковье", "Москве"),
+        ("", "Lisbon"),
+        ("anything at all", ""),
+        ("anything at all", "..."),
+    ],
+)
+def test_a_phrase_is_not_found(text, phrase):
+    assert not mentions(text, phrase)
+
+
+def test_a_phrase_is_found_in_a_script_that_puts_no_spaces_between_words():
+    assert mentions("她出生在里斯本。", "里斯本")
+    assert not mentions("她出生在里约。", "里斯本")
+
+
+_words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+
+
+@given(before=_words, phrase=_words.filter(normalised_words), after=_words)
+def test_a_phrase_between_other_words_is_always_found(before, phrase, after):
+    assert mentions(f"{before} {phrase} {after}", phrase)
+    assert mentions(f"{before}, {phrase.upper().lower()}. {after}", phrase.upper().lower())
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+def test_normalising_twice_changes_nothing(text):
+    words = normalised_words(text)
+    assert normalised_words(" ".join(words)) == words

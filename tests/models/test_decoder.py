@@ -1,0 +1,210 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cipo_jax.models.decoder import (
+    Compute,
+    DecoderConfig,
+    abstract_params,
+    decode_layers,
+    decoding_layout,
+    head_matrix,
+    hidden_states,
+    init_params,
+)
+from cipo_jax.ops.attention import causal_attention
+
+# Two compilations of one float32 computation: hidden states are near 1 after the last norm.
+TOLERANCE = 2e-5
+BASE = DecoderConfig(
+    vocab_size=48, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, head_dim=6, tied_head=True
+)
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+KINDS = {
+    "plain": BASE,
+    "untied": dataclasses.replace(BASE, tied_head=False),
+    "qkv_bias": dataclasses.replace(BASE, qkv_bias=True),
+    "qk_norm": dataclasses.replace(BASE, qk_norm=True),
+}
+
+
+def random_params(config, seed=0):
+    """Parameters of which none is at its trivial value: scales near 1, biases not 0."""
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        noise = rng.normal(scale=0.3, size=leaf.shape)
+        return jnp.asarray(noise + (path[-1].key == "scale"), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config))
+
+
+def random_tokens(batch=3, length=8, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 48, (batch, length)), jnp.int32)
+
+
+hidden = jax.jit(hidden_states, static_argnums=(0, 1), compiler_options=QUICK_TO_COMPILE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scanned_and_unrolled_layouts_agree(kind):
+    config, compute = KINDS[kind], Compute()
+    params, tokens = random_params(config), random_tokens()
+
+    @jax.jit(compiler_options=QUICK_TO_COMPILE)
+    def unrolled(params, tokens):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        layout = decoding_layout(config, params, "float32")
+
+        def attend(layer, q, k, v):
+            return causal_attention(q, k, v), layer
+
+        return decode_layers(config, compute, layout, tokens, positions, attend)
+
+    found, kept = unrolled(params, tokens)
+    wanted = hidden(config, compute, params, tokens)
+    assert kept == list(range(config.layers))
+    assert float(jnp.std(wanted)) > 0.5
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_padding_never_changes_earlier_hidden_states():
+    params = random_params(BASE)
+    tokens, lengths = random_tokens(), np.array([8, 5, 1])
+    real = np.arange(8) < lengths[:, None]
+    wanted = np.asarray(hidden(BASE, Compute(), params, tokens))
+    refilled = jnp.where(real, tokens, random_tokens(seed=1))
+    found = np.asarray(hidden(BASE, Compute(), params, refilled))
+    np.testing.assert_array_equal(found[real], wanted[real])
+    assert not np.array_equal(found, wanted)
+    longer = np.asarray(hidden(BASE, Compute(), params, jnp.pad(refilled, ((0, 0), (0, 8)))))
+    np.testing.assert_allclose(longer[:, :8][real], wanted[real], rtol=0, atol=TOLERANCE)
+
+
+def test_remat_modes_agree_and_recompute():
+    params, tokens = random_params(BASE), random_tokens()
+    results, residuals = {}, {}
+    for remat in ("none", "full", "names"):
+        compute = Compute(remat=remat)
+
+        def loss(params, compute=compute):
+            return jnp.sum(jnp.square(hidden_states(BASE, compute, params, tokens)[..., 0]))
+
+        function = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_TO_COMPILE)
+        results[remat] = function(params)
+        backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
+        residuals[remat] = sum(x.size for x in jax.tree.leaves(backward))
+    for remat in ("full", "names"):
+        for a, b in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
+            scale = float(jnp.max(jnp.abs(b)))
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * scale)
+    # What is kept for the backward pass shrinks in this order.
+    assert residuals["full"] < residuals["names"] < residuals["none"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_have_their_shapes(kind):
+    config = KINDS[kind]
+    block = {
+        "attn_norm": {"scale": (2, 16)},
+        "mlp_norm": {"scale": (2, 16)},
+        "q": {"kernel": (2, 16, 4, 6)},
+        "k": {"kernel": (2, 16, 2, 6)},
+        "v": {"kernel": (2, 16, 2, 6)},
+        "o": {"kernel": (2, 4, 6, 16)},
+        "gate": {"kernel": (2, 16, 24)},
+        "up": {"kernel": (2, 16, 24)},
+        "down": {"kernel": (2, 24, 16)},
+    }
+    if kind == "qkv_bias":
+        for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+            block[name]["bias"] = (2, heads, 6)
+    if kind == "qk_norm":
+        block |= {"q_norm": {"scale": (2, 6)}, "k_norm": {"scale": (2, 6)}}
+    wanted = {"embed": (48, 16), "final_norm": {"scale": (16,)}, "layers": {"block": block}}
+    if kind == "untied":
+        wanted["head"] = (16, 48)
+
+    def shapes(tree):
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(tree))
+        return jax.tree.map(lambda x: x.shape, tree)
+
+    assert shapes(abstract_params(config)) == wanted
+
+
+def test_init_params_makes_what_abstract_params_promises():
+    init = jax.jit(init_params, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    params = init(BASE, jax.random.key(0))
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    assert shapes(params) == shapes(abstract_params(BASE))
+    assert float(jnp.std(params["embed"])) == pytest.approx(0.02, rel=0.1)
+    # Layers are drawn apart.
+    kernels = params["layers"]["block"]["gate"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+
+
+def test_a_tied_head_is_the_embedding():
+    params = random_params(KINDS["untied"])
+    np.testing.assert_array_equal(head_matrix(KINDS["plain"], params), params["embed"].T)
+    np.testing.assert_array_equal(head_matrix(KINDS["untied"], params), params["head"])
+    for kind in ("plain", "untied"):
+        layout = decoding_layout(KINDS[kind], params, "bfloat16")
+        assert {x.dtype for x in jax.tree.leaves(layout)} == {jnp.dtype("bfloat16")}
+        wanted = head_matrix(KINDS[kind], params).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(
+            layout["head"].astype(jnp.float32), wanted.astype(jnp.float32)
+        )
+
+
+def with_block(params, name, change):
+    block = params["layers"]["block"]
+    return {**params, "layers": {"block": {**block, name: jax.tree.map(change, block[name])}}}
+
+
+def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant():
+    tokens = random_tokens()
+    for kind, moves in (("qk_norm", False), ("plain", True)):
+        params = random_params(KINDS[kind])
+        wanted = hidden(KINDS[kind], Compute(), params, tokens)
+        scaled = with_block(with_block(params, "q", lambda x: 4 * x), "k", lambda x: 4 * x)
+        found = hidden(KINDS[kind], Compute(), scaled, tokens)
+        # Norms divide by sqrt(mean square + 1e-6), so that scales count for 1e-6 or so.
+        difference = float(jnp.max(jnp.abs(found - wanted)))
+        assert difference > 1e-1 if moves else difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_scales_of_qk_norms_count(name):
+    config, tokens = KINDS["qk_norm"], random_tokens()
+    params = random_params(config)
+    wanted = hidden(config, Compute(), params, tokens)
+    found = hidden(config, Compute(), with_block(params, name, lambda x: 4 * x), tokens)
+    assert float(jnp.max(jnp.abs(found - wanted))) > 1e-1
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_qkv_biases_count(name):
+    config, tokens = KINDS["qkv_bias"], random_tokens()
+    params = random_params(config)
+    wanted = hidden(config, Compute(), params, tokens)
+
+    def drop_bias(x):
+        return jnp.zeros_like(x) if x.ndim == 3 else x
+
+    found = hidden(config, Compute(), with_block(params, name, drop_bias), tokens)
+    assert float(jnp.max(jnp.abs(found - wanted))) > 1e-2
+
+
+def test_bfloat16_stays_near_float32():
+    params, tokens = random_params(BASE), random_tokens()
+    narrow = hidden(BASE, Compute(dtype="bfloat16"), params, tokens)
+    assert narrow.dtype == jnp.bfloat16
+    wanted = hidden(BASE, Compute(), params, tokens)
+    # Eight bits a rounding, a dozen roundings in a row, hidden states near 1.
+    np.testing.assert_allclose(narrow.astype(jnp.float32), wanted, rtol=0, atol=0.15)

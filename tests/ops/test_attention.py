@@ -1,0 +1,85 @@
+import jax
+import numpy as np
+import pytest
+
+from cipo_jax.ops import attention
+
+causal_attention = jax.jit(attention.causal_attention)
+decode_attention = jax.jit(attention.decode_attention)
+
+# Float32 softmax averages of numbers near 1, against float64.
+TOLERANCE = 1e-5
+
+
+def reference(q, k, v):
+    """Loops over heads and positions in float64; [T N H], [T K H] -> [T N H]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    group = q.shape[1] // k.shape[1]
+    for t in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            scores = k[: t + 1, head // group] @ q[t, head] / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights @ v[: t + 1, head // group] / weights.sum()
+    return out
+
+
+def normal(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_causal_attention_equals_loops(heads, kv_heads):
+    rng = np.random.default_rng(0)
+    q = 2 * normal(rng, 2, 9, heads, 8)
+    k, v = normal(rng, 2, 9, kv_heads, 8), normal(rng, 2, 9, kv_heads, 8)
+    found = causal_attention(q, k, v)
+    for b in range(2):
+        np.testing.assert_allclose(found[b], reference(q[b], k[b], v[b]), rtol=0, atol=TOLERANCE)
+
+
+def test_right_padding_content_never_reaches_real_rows():
+    rng = np.random.default_rng(1)
+    lengths = [9, 5, 1]
+    real = (np.arange(9) < np.array(lengths)[:, None])[..., None, None]
+    q, k, v = normal(rng, 3, 9, 4, 8), normal(rng, 3, 9, 2, 8), normal(rng, 3, 9, 2, 8)
+    other = [np.where(real, x, 1e6 * normal(rng, *x.shape)).astype(np.float32) for x in (q, k, v)]
+    found, wanted = causal_attention(*other), causal_attention(q, k, v)
+    for b, length in enumerate(lengths):
+        np.testing.assert_array_equal(found[b, :length], wanted[b, :length])
+    assert not np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("slot", [0, 2, 4])
+def test_decode_attention_equals_causal_attention_over_prompt_and_response(samples, slot):
+    rng = np.random.default_rng(2)
+    P, S, R, N, K, H = 4, 6, 5, 4, 2, 8
+    lengths = np.array([1, 3, 5, 6], np.int32)
+    q = 2 * normal(rng, P, samples, N, H)
+    prompt_k, prompt_v = normal(rng, P, K, S, H), normal(rng, P, K, S, H)
+    k, v = normal(rng, P, samples, K, R, H), normal(rng, P, samples, K, R, H)
+
+    # Concatenate what is real, and let the query attend from the last of it.
+    whole_q = np.zeros((P, samples, S + R, N, H), np.float32)
+    whole_k, whole_v = np.zeros((2, P, samples, S + R, K, H), np.float32)
+    last = lengths + slot
+    for p, length in enumerate(lengths):
+        for whole, prompt, response in ((whole_k, prompt_k, k), (whole_v, prompt_v, v)):
+            whole[p, :, :length] = prompt[p, :, :length].swapaxes(0, 1)
+            whole[p, :, length : length + slot + 1] = response[p, :, :, : slot + 1].swapaxes(1, 2)
+        whole_q[p, :, last[p]] = q[p]
+    flat = [x.reshape(P * samples, *x.shape[2:]) for x in (whole_q, whole_k, whole_v)]
+    causal = causal_attention(*flat).reshape(whole_q.shape)
+
+    # What lies past a prompt's length or past the slot must have no influence.
+    for x in (prompt_k, prompt_v):
+        for p, length in enumerate(lengths):
+            x[p, :, length:] = 1e4
+    k[..., slot + 1 :, :] = v[..., slot + 1 :, :] = 1e4
+    found = decode_attention(q, prompt_k, prompt_v, lengths, k, v, np.int32(slot))
+    for p in range(P):
+        np.testing.assert_allclose(found[p], causal[p, :, last[p]], rtol=0, atol=TOLERANCE)
+        end = last[p] + 1
+        exact = reference(whole_q[p, 0, :end], whole_k[p, 0, :end], whole_v[p, 0, :end])
+        np.testing.assert_allclose(found[p, 0], exact[-1], rtol=0, atol=TOLERANCE)

@@ -1,0 +1,212 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
+from cipo_jax.sampling.decode import Rules, generate
+from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.training.mesh import make_mesh, param_shardings
+
+CONFIG = DecoderConfig(
+    vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
+)
+RULES = Rules(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
+GREEDY = Rules(8, (3, 5, 8, 13))
+KEY = jax.random.key(4)
+# Batches of other sizes are other programs, which sum in another order: f32 rounding of logits of
+# order 10.
+LOGP_ATOL = 5e-5
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """What is computed is under test, not how fast: compiling is most of these tests' time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+
+    def one(path, x):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def requests():
+    rng = np.random.default_rng(1)
+    return [
+        Request(rng.integers(0, 64, length).tolist(), 100 + 7 * i)
+        for i, length in enumerate([3, 9, 1, 14, 6, 2, 11])
+    ]
+
+
+def _sampler(rows, mesh=None):
+    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return Sampler(CONFIG, Compute(), mesh, rows)
+
+
+@pytest.fixture(scope="module")
+def fours(params):
+    sampler = _sampler(4)
+    return sampler, sampler.prepare(params)
+
+
+def _all(sampler, params, requests, rules=RULES, samples=1):
+    return [r for batch in sampler.stream(params, requests, rules, KEY, samples) for r in batch]
+
+
+@pytest.fixture(scope="module")
+def drawn(fours, requests):
+    """Two samples of each request, two requests at a time."""
+    return _all(*fours, requests, samples=2)
+
+
+def _assert_same(got, expected):
+    assert [[s.ids for s in r] for r in got] == [[s.ids for s in r] for r in expected]
+    assert [[s.stopped for s in r] for r in got] == [[s.stopped for s in r] for r in expected]
+    for g, e in zip(got, expected, strict=True):
+        for a, b in zip(g, e, strict=True):
+            np.testing.assert_allclose(a.logps, b.logps, rtol=0, atol=LOGP_ATOL)
+
+
+def test_each_request_gets_its_own_samples_in_order(params, requests, drawn):
+    assert [len(r) for r in drawn] == [2] * len(requests)
+    keys = jnp.stack(
+        [
+            jnp.stack([jax.random.fold_in(jax.random.fold_in(KEY, r.item), s) for s in (0, 1)])
+            for r in requests
+        ]
+    )
+    prompts = np.zeros((len(requests), 20), np.int32)
+    for row, request in zip(prompts, requests, strict=True):
+        row[: len(request.prompt)] = request.prompt
+    lengths = np.array([len(r.prompt) for r in requests], np.int32)
+    out = jax.jit(generate, static_argnums=(0, 1, 2))(
+        CONFIG, Compute(), RULES, decoding_layout(CONFIG, params, "float32"), prompts, lengths, keys
+    )
+    for i, samples in enumerate(drawn):
+        for j, sample in enumerate(samples):
+            length = int(out.lengths[i, j])
+            assert sample.ids == out.ids[i, j, :length].tolist()
+            np.testing.assert_allclose(
+                sample.logps, out.logps[i, j, :length], rtol=0, atol=LOGP_ATOL
+            )
+            assert sample.stopped == (sample.ids[-1] in RULES.stop_ids)
+            assert sample.stopped or len(sample.ids) == RULES.max_new_tokens
+    # Both ends occur, and samples of one request differ: the test above is not about constants.
+    assert {s.stopped for r in drawn for s in r} == {True, False}
+    assert any(a.ids != b.ids for a, b in drawn)
+
+
+@pytest.mark.parametrize(
+    ("rows", "samples", "sizes"),
+    [(4, 1, [4, 3]), (4, 2, [2, 2, 2, 1]), (1, 2, [1] * 7), (64, 2, [7]), (7, 1, [7])],
+)
+def test_batches_hold_every_request_once(requests, rows, samples, sizes):
+    batches = list(_sampler(rows).batches(requests, samples))
+    assert [count for _, count in batches] == sizes
+    assert [r for batch, count in batches for r in batch[:count]] == requests
+    assert len({len(batch) for batch, _ in batches}) == 1
+
+
+def test_batches_divide_over_the_mesh(requests):
+    for rows, samples in ((1, 1), (6, 1), (6, 4)):
+        for batch, _ in _sampler(rows, make_mesh(2, 2, 2)).batches(requests, samples):
+            assert len(batch) % 4 == 0
+
+
+def test_stream_yields_batch_by_batch(fours, requests, drawn):
+    sampler, params = fours
+    batches = list(sampler.stream(params, requests, RULES, KEY, 2))
+    assert [len(b) for b in batches] == [2, 2, 2, 1]
+    _assert_same([r for b in batches for r in b], drawn)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_results_do_not_depend_on_rows(params, requests, drawn, rows):
+    sampler = _sampler(rows)
+    _assert_same(_all(sampler, sampler.prepare(params), requests, samples=2), drawn)
+
+
+def test_results_follow_their_item_ids_through_any_order(fours, requests, drawn):
+    order = np.random.default_rng(3).permutation(len(requests))
+    got = _all(*fours, [requests[i] for i in order], samples=2)
+    _assert_same(got, [drawn[i] for i in order])
+
+
+def test_a_request_by_itself_gives_what_it_gives_among_others(fours, requests, drawn):
+    # Its prompt of 14 tokens is padded alike, alone and among the others.
+    _assert_same(_all(*fours, requests[3:4], samples=2), drawn[3:4])
+
+
+def test_fewer_samples_are_the_first_of_more(fours, requests, drawn):
+    _assert_same(_all(*fours, requests), [r[:1] for r in drawn])
+
+
+def test_the_item_id_addresses_the_randomness(fours, requests, drawn):
+    other = [r._replace(item=r.item + 1) for r in requests]
+    got = _all(*fours, other, samples=2)
+    assert [s.ids for r in got for s in r] != [s.ids for r in drawn for s in r]
+
+
+def test_calls_of_one_shape_share_one_program(params, requests):
+    # A size that no other test of this file uses. Samplers on one mesh share their programs, so
+    # it is the growth that counts.
+    sampler = _sampler(3)
+    before = sampler.programs()
+    for seed, part in ((0, requests), (1, requests[:3]), (2, requests[4:5])):
+        prepared = sampler.prepare(jax.tree.map(lambda x, s=seed: x + 0.01 * s, params))
+        for key in (jax.random.key(seed), jax.random.fold_in(KEY, seed)):
+            list(sampler.stream(prepared, part, GREEDY, key))
+        assert sampler.programs() == before + 1
+
+
+def test_an_eight_device_mesh_says_what_one_device_says(fours, params, requests):
+    mesh = make_mesh(2, 2, 2)
+    sampler = _sampler(4, mesh)
+    before = sampler.programs()
+    # The weights come as training leaves them: sharded over the same mesh.
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    _assert_same(
+        _all(sampler, sampler.prepare(placed), requests, GREEDY), _all(*fours, requests, GREEDY)
+    )
+    assert sampler.programs() == before + 1
+
+
+@pytest.fixture
+def real_compilation():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_the_cache_is_updated_in_place(real_compilation):
+    config = DecoderConfig(
+        vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=32,
+        tied_head=True,
+    )  # fmt: skip
+    P, n, R = 4, 4, 512
+    layout = jax.eval_shape(
+        lambda p: decoding_layout(config, p, "float32"), abstract_params(config)
+    )
+    compiled = (
+        jax.jit(generate, static_argnums=(0, 1, 2))
+        .lower(
+            config, Compute(), Rules(R, (3,)), layout, jax.ShapeDtypeStruct((P, 8), jnp.int32),
+            jax.ShapeDtypeStruct((P,), jnp.int32), jax.eval_shape(
+                lambda: jax.random.split(jax.random.key(0), (P, n))
+            ),
+        )
+        .compile()
+    )  # fmt: skip
+    cache = config.layers * 2 * P * n * config.kv_heads * R * config.head_dim * 4
+    # The cache itself lives in temporary memory, once. A copy at each step would make it twice or
+    # more.
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert cache <= temporary < 1.5 * cache
