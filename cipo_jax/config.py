@@ -156,7 +156,8 @@ class TrainConfig:
 
     epochs: float = setting(1.0, 0.0)  # passes over the pairs (or counterfactuals)
     batch: int = setting(16, 1)  # pairs (or counterfactuals) in a step
-    retain_batch: int = setting(16, 1)  # retained examples in a step, half of them reasoning
+    retain_batch: int = setting(16, 1)  # retained facts in a step
+    reasoning_batch: int = setting(8, 1)  # worked reasoning problems in a step
     accumulation: int = setting(1, 1)  # micro-batches in a step
     lr: float = setting(1e-5, 0.0)
     warmup_steps: int = setting(4, 0)
@@ -195,7 +196,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("warmup", "train"):
             phase = getattr(self, name)
-            for key in ("batch", "retain_batch"):
+            for key in ("batch", "retain_batch", "reasoning_batch"):
                 if getattr(phase, key) % phase.accumulation:
                     raise UserError(
                         f"config.{name}.{key} = {getattr(phase, key)} is not a multiple of "

@@ -73,7 +73,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Prints one line of plain text; what is in it is never taken for markup."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:

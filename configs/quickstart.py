@@ -33,6 +33,7 @@ def get_config(arg=None):
     config.warmup.lr = 5e-4
     config.warmup.batch = 16
     config.warmup.retain_batch = 32
+    config.warmup.reasoning_batch = 8
 
     config.cipo.iterations = 4
     config.cipo.samples = 1
@@ -40,4 +41,5 @@ def get_config(arg=None):
     config.train.lr = 3e-4
     config.train.batch = 16
     config.train.retain_batch = 32
+    config.train.reasoning_batch = 8
     return config

@@ -361,6 +361,7 @@ def _save_weights(folder: Path, config: DecoderConfig, params: Params, dtype: st
         nonlocal shard, size
         paths.append(folder / f"part-{len(paths)}.safetensors")
         save_file(shard, paths[-1], metadata={"format": "pt"})
+        paths[-1].chmod(0o644)  # The library makes it readable for its owner alone.
         shard, size = {}, 0
 
     for name, value in stored_tensors(config, params):

@@ -87,7 +87,7 @@ class Sampler:
         return self._prepare(params)
 
     def programs(self) -> int:
-        """How many decoding programs have been compiled so far."""
+        """Decoding programs compiled so far, by all samplers of this model on this mesh."""
         return self._generate._cache_size()
 
     def batches(
@@ -116,6 +116,8 @@ class Sampler:
           key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample).
           samples: completions per request.
         """
+        if not requests:
+            return
         longest = bucket(max(len(r.prompt) for r in requests))
         for batch, count in self.batches(requests, samples):
             yield self.run(params, batch, rules, key, samples, longest)[:count]

@@ -44,8 +44,9 @@ def make_mesh(
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
         known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = len(devices) // known if len(devices) % known == 0 else 0
-    if math.prod(sizes) != len(devices):
+        fits = known > 0 and len(devices) % known == 0
+        sizes[sizes.index(-1)] = len(devices) // known if fits else 0
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
             f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} does not cover the "
             f"{len(devices)} devices there are"

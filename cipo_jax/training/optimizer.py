@@ -27,9 +27,10 @@ def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformat
     def decayed(params):
         import jax
 
-        # Stacked layers add a leading axis, so a norm's scale has two dimensions there.
+        # By name: stacked layers add an axis, so the number of dimensions tells nothing.
         def is_matrix(path, x):
-            return x.ndim - ("layers" in jax.tree_util.keystr(path)) >= 2
+            del x
+            return path[-1].key not in ("scale", "bias")
 
         return jax.tree_util.tree_map_with_path(is_matrix, params)
 

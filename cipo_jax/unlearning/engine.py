@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from cipo_jax.config import Config
 from cipo_jax.data.examples import Example, example_row
 from cipo_jax.data.splits import Splits, load_splits
+from cipo_jax.errors import UserError
 from cipo_jax.evals import evaluate
 from cipo_jax.evals.evaluate import Scores
 from cipo_jax.models.decoder import abstract_params
@@ -74,6 +75,7 @@ class Engine:
         digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         abstract_on(mesh, model.config)  # Raises early where the mesh does not fit the model.
+        _check_batches(config, mesh)
         folder = RunFolder(workdir, config, f"{model.fingerprint()}:{digest:08x}")
         decoding = compute_of(config.model, decoding=True)
         policy = Policy(model.config, compute_of(config.model))
@@ -190,3 +192,17 @@ class Engine:
 
             rows = self.folder.in_parts(part, batches, work, on_part)
         return rows, evaluate.scores(rows, self.splits.words)
+
+
+def _check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises UserError where a micro-batch does not divide over the mesh's rows."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for phase in ("warmup", "train"):
+        settings = getattr(config, phase)
+        for key in ("batch", "retain_batch", "reasoning_batch"):
+            rows, need = getattr(settings, key), shards * settings.accumulation
+            if rows % need:
+                raise UserError(
+                    f"config.{phase}.{key} = {rows}: must be a multiple of {need}, which is data x "
+                    "fsdp x accumulation"
+                )

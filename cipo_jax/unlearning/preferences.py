@@ -120,14 +120,15 @@ def _encoded(engine: Engine, examples: Sequence[Example]) -> list[Encoded]:
 def retained_batches(
     engine: Engine, settings: TrainConfig, phase: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Batches of what is to be kept: half facts, half reasoning, where there are both."""
-    groups = {"retain": engine.splits.retain, "reasoning": engine.splits.reasoning}
-    groups = {name: rows for name, rows in groups.items() if rows}
-    if not groups or not engine.config.cipo.retain_weight:
-        return lambda step: {}
-    size = max(settings.retain_batch // len(groups), 1)
+    """Batches of what is to be kept: facts and reasoning, whichever there are."""
+    groups = {
+        "retain": (engine.splits.retain, settings.retain_batch),
+        "reasoning": (engine.splits.reasoning, settings.reasoning_batch),
+    }
     streams = {}
-    for number, (name, examples) in enumerate(groups.items()):
+    for number, (name, (examples, size)) in enumerate(groups.items()):
+        if not examples or not engine.config.cipo.retain_weight:
+            continue
         rows = _encoded(engine, examples)
         order = shuffled_batches(len(rows), size, _seed(engine, phase, 1 + number))
         streams[name] = (rows, shape_of(rows), order)

@@ -30,6 +30,7 @@ WARM = Rules(R, (), temperature=0.9, top_p=0.9)
 # some 1e-6 a layer.
 LOGP_ATOL = 5e-5
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation():
     """What is computed is under test, not how fast: compiling is most of these tests' time."""
@@ -230,7 +231,7 @@ def test_samples_and_seeds_differ_and_repeat():
 
 
 def _nucleus(logps, temperature, top_p):
-    """Tempered, truncated and renormalised probabilities of one row of log-probabilities, by sort."""
+    """Tempered, truncated and renormalised probabilities of one position, by sorting."""
     p = np.exp(logps.astype(np.float64) / temperature)
     p /= p.sum()
     order = np.argsort(-p)
@@ -240,9 +241,7 @@ def _nucleus(logps, temperature, top_p):
     return np.where(kept, p, 0.0) / p[kept].sum()
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.5, 0.6)]
-)
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.5, 0.6)])
 def test_first_tokens_follow_the_tempered_nucleus(temperature, top_p):
     draws = 4096
     rules = Rules(1, (), temperature, top_p)

@@ -18,6 +18,7 @@ KEY = jax.random.key(4)
 # order 10.
 LOGP_ATOL = 5e-5
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation():
     """What is computed is under test, not how fast: compiling is most of these tests' time."""

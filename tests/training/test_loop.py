@@ -53,6 +53,14 @@ def _trainer(mesh, ema_decay=0.9):
     return Trainer(Policy(CONFIG, Compute()), _objective, optimizer, mesh, ema_decay=ema_decay)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """What is computed is under test, not how fast: compiling is most of these tests' time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def trained():
     trainer = _trainer(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
@@ -62,9 +70,7 @@ def trained():
 def _run(trained, checkpoints, every=100, batch_at=_batch_at, **hooks):
     trainer, update = trained
     start = {"params": _params(), "ema": _params(1)}
-    return run_phase(
-        "phase", trainer, update, start, batch_at, STEPS, checkpoints, every, **hooks
-    )
+    return run_phase("phase", trainer, update, start, batch_at, STEPS, checkpoints, every, **hooks)
 
 
 def _assert_identical(got, expected):
@@ -148,9 +154,7 @@ def test_on_step_is_called_once_a_step_with_that_steps_metrics(trained, tmp_path
 def test_a_phase_of_no_steps_returns_its_start(trained, tmp_path):
     trainer, update = trained
     start = {"params": _params(), "ema": _params(1)}
-    end = run_phase(
-        "none", trainer, update, start, _batch_at, 0, Checkpoints(tmp_path), 1
-    )
+    end = run_phase("none", trainer, update, start, _batch_at, 0, Checkpoints(tmp_path), 1)
     _assert_identical(end, start)
 
 

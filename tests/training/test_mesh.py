@@ -15,23 +15,29 @@ from cipo_jax.training.mesh import (
 )
 
 _VARIANTS = [
-    dict(tied_head=True),
-    dict(tied_head=False),
-    dict(tied_head=True, qkv_bias=True),
-    dict(tied_head=False, qk_norm=True),
-    dict(tied_head=False, qkv_bias=True, qk_norm=True),
+    {"tied_head": True},
+    {"tied_head": False},
+    {"tied_head": True, "qkv_bias": True},
+    {"tied_head": False, "qk_norm": True},
+    {"tied_head": False, "qkv_bias": True, "qk_norm": True},
 ]
 
 
 def _config(**changes) -> DecoderConfig:
-    sizes = dict(vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8)
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_ff": 48,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+    }
     return DecoderConfig(**(sizes | changes))
 
 
 def _decoding_shapes(config):
-    return jax.eval_shape(
-        lambda p: decoding_layout(config, p, "float32"), abstract_params(config)
-    )
+    return jax.eval_shape(lambda p: decoding_layout(config, p, "float32"), abstract_params(config))
 
 
 def _named(tree) -> dict:
@@ -123,15 +129,13 @@ def test_training_rules_cut_the_intended_dimensions():
 @pytest.mark.parametrize(
     ("changes", "mesh", "parameter", "axis"),
     [
-        (dict(kv_heads=1), (4, 1, 2), "layers/block/k/kernel", "tensor"),
-        (dict(vocab_size=63), (4, 1, 2), "embed", "tensor"),
-        (dict(d_ff=50), (2, 1, 4), "layers/block/down/kernel", "tensor"),
-        (dict(d_model=36), (1, 8, 1), "embed", "fsdp"),
+        ({"kv_heads": 1}, (4, 1, 2), "layers/block/k/kernel", "tensor"),
+        ({"vocab_size": 63}, (4, 1, 2), "embed", "tensor"),
+        ({"d_ff": 50}, (2, 1, 4), "layers/block/down/kernel", "tensor"),
+        ({"d_model": 36}, (1, 8, 1), "embed", "fsdp"),
     ],
 )
-def test_a_dimension_that_does_not_divide_names_parameter_and_axis(
-    changes, mesh, parameter, axis
-):
+def test_a_dimension_that_does_not_divide_names_parameter_and_axis(changes, mesh, parameter, axis):
     # With 4 KV heads nothing but the changed size fails to divide.
     config = _config(**({"kv_heads": 4} | changes))
     with pytest.raises(UserError) as raised:

@@ -65,9 +65,9 @@ def _apply(optimizer, params, gradients):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(dict(tied_head=True), id="tied"),
-        pytest.param(dict(tied_head=False, qk_norm=True), id="untied-qk_norm"),
-        pytest.param(dict(qkv_bias=True), id="qkv_bias"),
+        pytest.param({"tied_head": True}, id="tied"),
+        pytest.param({"tied_head": False, "qk_norm": True}, id="untied-qk_norm"),
+        pytest.param({"qkv_bias": True}, id="qkv_bias"),
     ],
 )
 def test_weight_decay_shrinks_matrices_and_leaves_scales_and_biases(dummy_config, changes):
@@ -88,10 +88,10 @@ def test_weight_decay_shrinks_matrices_and_leaves_scales_and_biases(dummy_config
     assert {"embed", "kernel", "scale"} <= seen
 
 
-def test_clip_bounds_the_gradient_that_adam_sees(dummy_config):
+def test_clip_bounds_the_gradient_that_adam_sees():
     # One step of Adam divides a gradient by its own size, which hides clipping; so look at the
     # first moment, which is (1 - b1) times the gradient that came in.
-    params = _params(dummy_config)
+    params = {"embed": jnp.ones((16, 8)), "final_norm": {"scale": jnp.ones(8)}}
     gradients = jax.tree.map(jnp.ones_like, params)
     norm = float(optax.global_norm(gradients))
 
@@ -100,7 +100,7 @@ def test_clip_bounds_the_gradient_that_adam_sees(dummy_config):
         _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
         return float(optax.global_norm(optax.tree.get(state, "mu"))) / 0.1
 
-    # f32 sums over some 10^4 numbers.
+    # f32 sums, and b1 = 0.9 rounded to f32.
     assert moment_norm(0.5) == pytest.approx(0.5, rel=1e-4)
     assert moment_norm(2 * norm) == pytest.approx(norm, rel=1e-4)
     assert moment_norm(0.0) == pytest.approx(norm, rel=1e-4)

@@ -17,6 +17,7 @@ SHAPE = Shape(24, 16)
 # order, which is some 1e-6 each.
 ATOL = 2e-5
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation():
     """What is computed is under test, not how fast: compiling is most of these tests' time."""
@@ -36,7 +37,19 @@ def params():
 @pytest.fixture(scope="module")
 def rows():
     rng = np.random.default_rng(1)
-    sizes = [(1, 1), (8, 16), (3, 7), (5, 1), (1, 16), (7, 4), (2, 9), (8, 2), (4, 5), (6, 3), (1, 2)]
+    sizes = [
+        (1, 1),
+        (8, 16),
+        (3, 7),
+        (5, 1),
+        (1, 16),
+        (7, 4),
+        (2, 9),
+        (8, 2),
+        (4, 5),
+        (6, 3),
+        (1, 2),
+    ]
     return [
         Encoded(rng.integers(0, 64, prompt).tolist(), rng.integers(0, 64, completion).tolist())
         for prompt, completion in sizes

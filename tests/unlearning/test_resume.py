@@ -11,6 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+ENVIRONMENT = {}
 SMALL = (
     "--config.forget.count=1",
     "--config.data.valid_rows=4",
@@ -24,16 +25,25 @@ SMALL = (
     "--config.model.retrained=",
     "--config.warmup.batch=8",
     "--config.warmup.retain_batch=4",
+    "--config.warmup.reasoning_batch=4",
     "--config.train.batch=8",
     "--config.train.retain_batch=4",
+    "--config.train.reasoning_batch=4",
     "--config.train.checkpoint_every=2",
     "--config.warmup.checkpoint_every=2",
 )
 
 
-def clean_environment():
-    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
-    return {k: v for k, v in os.environ.items() if k not in names} | {"JAX_PLATFORMS": "cpu"}
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    """What the runs are started with: real devices, and programs compiled once for all of them."""
+    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    ENVIRONMENT.update({k: v for k, v in os.environ.items() if k not in names})
+    ENVIRONMENT.update(
+        JAX_PLATFORMS="cpu",
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
 
 
 def start(workdir, *extra, place="never", count=0, config=SMALL):
@@ -50,7 +60,7 @@ def start(workdir, *extra, place="never", count=0, config=SMALL):
         *extra,
     ]
     return subprocess.run(
-        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
 
 
