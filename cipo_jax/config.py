@@ -139,6 +139,7 @@ class CipoConfig:
     iterations: int = setting(4, 1)
     samples: int = setting(2, 1)  # rollouts of each forget question and iteration
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
+    reject: Literal["all", "leaking"] = "leaking"  # which rollouts the preference pushes away
     beta: float = setting(0.1, 0.0)
     gamma: float = setting(0.5, 0.0)  # SimPO's target margin
     label_smoothing: float = setting(0.0, 0.0, 0.499)

@@ -13,7 +13,6 @@ def get_config(arg=None):
     """The quickstart's settings; it takes no argument."""
     del arg
     config = default_config()
-    config.model.remat = "none"
     config.model.logits_chunk = 4096
 
     config.sampling.rows = 128
@@ -29,8 +28,8 @@ def get_config(arg=None):
     config.counterfactual.target_prompt = tiny_world.TARGET_PROMPT
     config.counterfactual.candidates = 4
 
-    config.warmup.epochs = 1.0
-    config.warmup.lr = 5e-4
+    config.warmup.epochs = 2.0
+    config.warmup.lr = 8e-4
     config.warmup.batch = 16
     config.warmup.retain_batch = 32
     config.warmup.reasoning_batch = 8
@@ -38,6 +37,8 @@ def get_config(arg=None):
     config.cipo.iterations = 4
     config.cipo.samples = 1
     config.cipo.patience = 2
+    config.cipo.nll_weight = 0.1
+    config.cipo.retain_weight = 3.0
     config.train.lr = 3e-4
     config.train.batch = 16
     config.train.retain_batch = 32

@@ -27,6 +27,11 @@ def _metrics(
     }
 
 
+def _mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Mean over B of the weighted losses: a pair of weight 0 counts as one that has no loss."""
+    return jnp.mean(losses if weights is None else weights * losses)
+
+
 def dpo(
     chosen_logps: jax.Array,
     rejected_logps: jax.Array,
@@ -35,6 +40,7 @@ def dpo(
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
@@ -49,6 +55,7 @@ def dpo(
       ref_rejected_logps: [B] log-probability of y_l under the reference.
       beta: strength of the pull towards the reference, > 0.
       label_smoothing: e, the share of pairs taken to be the wrong way round, in [0, 0.5).
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
 
     Returns:
       The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
@@ -58,7 +65,7 @@ def dpo(
     margins = chosen_rewards - rejected_rewards
     losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
     losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
-    return jnp.mean(losses), _metrics(
+    return _mean(losses, weights), _metrics(
         chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
     )
 
@@ -72,6 +79,7 @@ def ipo(
     rejected_lengths: jax.Array,
     *,
     beta: float = 0.1,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
@@ -86,6 +94,7 @@ def ipo(
       chosen_lengths: [B] tokens of y_w.
       rejected_lengths: [B] tokens of y_l.
       beta: tau in the paper, > 0.
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
 
     Returns:
       The mean loss, and TRL's metrics.
@@ -97,7 +106,9 @@ def ipo(
         rejected_lengths, 1
     )
     losses = jnp.square(chosen - rejected - 1.0 / (2.0 * beta))
-    return jnp.mean(losses), _metrics(beta * chosen, beta * rejected, chosen_logps, rejected_logps)
+    return _mean(losses, weights), _metrics(
+        beta * chosen, beta * rejected, chosen_logps, rejected_logps
+    )
 
 
 def simpo(
@@ -109,6 +120,7 @@ def simpo(
     beta: float = 2.0,
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734, eq. 6). No reference.
 
@@ -122,6 +134,7 @@ def simpo(
       beta: scale of the rewards, > 0.
       gamma: target margin between the two rewards, in the units of the rewards.
       label_smoothing: as in `dpo`.
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
 
     Returns:
       The mean loss, and TRL's metrics; rewards are ``beta * log p / |y|``.
@@ -131,6 +144,6 @@ def simpo(
     margins = chosen_rewards - rejected_rewards - gamma
     losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
     losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
-    return jnp.mean(losses), _metrics(
+    return _mean(losses, weights), _metrics(
         chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
     )

@@ -223,7 +223,7 @@ class _Run:
 
         def make() -> None:
             rollouts = self.engine.folder.read_rows(f"iterations/{iteration:02d}/rollouts.jsonl")
-            pairs = preferences.make_pairs(counterfactuals, rollouts)
+            pairs = preferences.make_pairs(counterfactuals, rollouts, settings.reject)
             if settings.loss != "simpo":
                 phase = "warmup" if settings.reference == "initial" else self._before(iteration)
                 weights = self.weights(phase)

@@ -1,8 +1,9 @@
 """The objectives of CiPO's two phases, as functions of (policy, params, batch).
 
 A batch holds named groups. "chosen": counterfactuals. "pairs": chosen and rejected completions side
-by side, every array [B, 2, ...]. "ref": [B, 2] reference log-probabilities of the pairs. "retain"
-and "reasoning": what is to be kept. Groups that a run has no data for are left out.
+by side, every array [B, 2, ...]. "weights": [B] of the pairs. "ref": [B, 2] their log-probabilities
+under the reference. "retain" and "reasoning": what is to be kept. Groups that a run has no data for
+are left out.
 """
 
 from typing import Any
@@ -50,7 +51,8 @@ def preference_objective(config: CipoConfig) -> Objective:
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pairs)
         token_logps = policy.completion_logps(params, flat)
         sums = losses.sequence_logps(token_logps, flat.mask).reshape(-1, 2)
-        loss, metrics = _preference(config, sums, batch.get("ref"), pairs.lengths)
+        weights = batch.get("weights")
+        loss, metrics = _preference(config, sums, batch.get("ref"), pairs.lengths, weights)
         chosen, _ = losses.nll(token_logps[0::2], flat.mask[0::2])
         retained, retain_metrics = retain_term(policy, params, batch)
         total = loss + config.nll_weight * chosen + config.retain_weight * retained
@@ -60,7 +62,7 @@ def preference_objective(config: CipoConfig) -> Objective:
 
 
 def _preference(
-    config: CipoConfig, logps: Array, ref: Array | None, lengths: Array
+    config: CipoConfig, logps: Array, ref: Array | None, lengths: Array, weights: Array | None
 ) -> tuple[Array, Metrics]:
     chosen, rejected = logps[:, 0], logps[:, 1]
     if config.loss == "simpo":
@@ -72,11 +74,19 @@ def _preference(
             beta=config.beta,
             gamma=config.gamma,
             label_smoothing=config.label_smoothing,
+            weights=weights,
         )
     assert ref is not None
     if config.loss == "ipo":
         return losses.ipo(
-            chosen, rejected, ref[:, 0], ref[:, 1], lengths[:, 0], lengths[:, 1], beta=config.beta
+            chosen,
+            rejected,
+            ref[:, 0],
+            ref[:, 1],
+            lengths[:, 0],
+            lengths[:, 1],
+            beta=config.beta,
+            weights=weights,
         )
     return losses.dpo(
         chosen,
@@ -85,4 +95,5 @@ def _preference(
         ref[:, 1],
         beta=config.beta,
         label_smoothing=config.label_smoothing,
+        weights=weights,
     )

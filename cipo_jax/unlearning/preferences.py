@@ -57,16 +57,24 @@ def draw_rollouts(
     return rows
 
 
-def make_pairs(counterfactuals: Sequence[Row], rollouts: Sequence[Row]) -> list[Row]:
+def make_pairs(
+    counterfactuals: Sequence[Row], rollouts: Sequence[Row], reject: str = "all"
+) -> list[Row]:
     """One pair per rollout: the question's counterfactual is chosen, the rollout rejected.
 
-    A rollout that equals its counterfactual stays: it has no gradient in any of the preference
-    losses, and the number of pairs is the same in every iteration.
+    Args:
+      counterfactuals: as `make_counterfactuals` returns them.
+      rollouts: as `draw_rollouts` returns them.
+      reject: "all" pushes every rollout away; "leaking" only those that leak or do not close their
+        think block. The others, which already say something else, stay as pairs of weight 0: the
+        model still learns their counterfactual, and the number of pairs, and with it of steps, is
+        the same in every iteration.
     """
     by_item = {row["item"]: row for row in accepted(counterfactuals)}
     pairs = []
     for rollout in rollouts:
         chosen = by_item[rollout["item"]]
+        leaks = rollout["cot_leaks"] or rollout["answer_leaks"] or not rollout["closed"]
         pairs.append(
             {
                 "item": rollout["item"],
@@ -74,6 +82,7 @@ def make_pairs(counterfactuals: Sequence[Row], rollouts: Sequence[Row]) -> list[
                 "question": rollout["question"],
                 "chosen": {"cot": chosen["trace"], "answer": chosen["answer"]},
                 "rejected": {"cot": rollout["cot"], "answer": rollout["answer"]},
+                "weight": 1.0 if reject == "all" or leaks else 0.0,
                 "chosen_ids": chosen["completion_ids"],
                 "rejected_ids": rollout["ids"],
             }
@@ -185,6 +194,7 @@ def pair_batches(
         picked = order(step)
         sides = [collate([side[i] for i in picked], shape) for side in (chosen, rejected)]
         batch: Batch = {"pairs": jax.tree.map(lambda a, b: np.stack([a, b], axis=1), *sides)}
+        batch["weights"] = np.array([pairs[i]["weight"] for i in picked], np.float32)
         if "ref_chosen_logp" in pairs[0]:
             keys = ("ref_chosen_logp", "ref_rejected_logp")
             batch["ref"] = np.array([[pairs[i][k] for k in keys] for i in picked], np.float32)
