@@ -60,7 +60,15 @@ class ThinkFormat:
 
     def prompt_ids(self, question: str) -> list[int]:
         """The prompt's ids; the template brings the one BOS there is."""
-        return self._encode(self.prompt_text(question))
+        ids = self._prompts.get(question)
+        if ids is None:
+            ids = self._prompts[question] = self._encode(self.prompt_text(question))
+        return ids
+
+    @cached_property
+    def _prompts(self) -> dict[str, list[int]]:
+        """Prompts that were encoded before: rendering a chat template takes its time."""
+        return {}
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         """Ids of a whole completion, closed by exactly one EOS."""

@@ -325,13 +325,13 @@ class _Run:
                 rows = [
                     Encoded(engine.model.format.prompt_ids(r["question"]), r["ids"]) for r in said
                 ]
-                prompt = max((r.prompt for r in rows), key=len)
-                shape = shape_of([Encoded(prompt, [0] * engine.config.eval.max_new_tokens)])
                 facts = [
                     fact_tokens(engine.model.format.tokenizer, r["ids"], engine.splits.fact_words)
                     for r in said
                 ]
-                result[name] = nonfact_logp(engine.scorer.token_logps(params, rows, shape), facts)
+                result[name] = nonfact_logp(
+                    engine.scorer.token_logps(params, rows, shape_of(rows)), facts
+                )
             return result
 
         return engine.folder.once("fluency", make)

@@ -76,6 +76,7 @@ class Engine:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         abstract_on(mesh, model.config)  # Raises early where the mesh does not fit the model.
         _check_batches(config, mesh)
+        _check_lengths(config, model, splits)
         folder = RunFolder(workdir, config, f"{model.fingerprint()}:{digest:08x}")
         decoding = compute_of(config.model, decoding=True)
         policy = Policy(model.config, compute_of(config.model))
@@ -205,4 +206,25 @@ def _check_batches(config: Config, mesh: Mesh) -> None:
                 raise UserError(
                     f"config.{phase}.{key} = {rows}: must be a multiple of {need}, which is data x "
                     "fsdp x accumulation"
+                )
+
+
+def _check_lengths(config: Config, model: ReasoningModel, splits: Splits) -> None:
+    """Raises UserError where a prompt, or a completion that is trained on, is too long."""
+    limits = config.data
+    for name, examples in splits.named():
+        for number, example in enumerate(examples, 1):
+            tokens = len(model.format.prompt_ids(example.question))
+            if tokens > limits.max_prompt_tokens:
+                raise UserError(
+                    f"{name}, example {number}: its prompt has {tokens} tokens, "
+                    f"config.data.max_prompt_tokens is {limits.max_prompt_tokens}"
+                )
+            if name not in ("retain", "reasoning"):
+                continue
+            tokens = len(model.format.completion_ids(example.cot or "", example.answer))
+            if tokens > limits.max_completion_tokens:
+                raise UserError(
+                    f"{name}, example {number}: its chain of thought and answer have {tokens} "
+                    f"tokens, config.data.max_completion_tokens is {limits.max_completion_tokens}"
                 )
