@@ -95,5 +95,6 @@ class Reporter:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(title, total=total, rate="", note="")
+            # Until the first batch is back the time goes into compiling its program.
+            task = progress.add_task(title, total=total, rate="", note="compiling")
             yield Bar(title, total, progress, task)

@@ -2,7 +2,7 @@
 
 python -m cipo_jax unlearn --config=configs/quickstart.py --workdir=runs/quickstart
 
-Another set: --config.forget.seed=11, or --config.forget.people="Ada Brandt, Hugo Holt".
+Another set: --config.forget.seed=11, or --config.forget.people="Ada Brandt, Hugo Vance".
 """
 
 from cipo_jax.config import default_config

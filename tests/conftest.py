@@ -33,3 +33,20 @@ def dummy_config():
         vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8,
         tied_head=True,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that test what is computed, not how fast: compiling is most of their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def real_compilation():
+    """For the tests in such modules that look at what the compiler makes."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -51,23 +51,20 @@ def test_the_world_is_the_one_that_the_generator_makes(world):
 
 
 def test_the_target_recalls_everyone_in_phrasings_it_never_saw(world, ask):
-    rows = ask("target", tiny_world.questions_about(world.people, "test", per_topic=1))
+    examples = tiny_world.questions_about(world.people, "test")
+    rows = ask("target", examples)
+    by_name = {p.name: p for p in world.people}
+    recalled = []
+    for example, row in zip(examples, rows, strict=True):
+        name, noun = example.group.split(", ")
+        (topic,) = [t for t in tiny_world.TOPICS.values() if t.noun == noun]
+        needed = [example.answer]
+        if topic.bridge:  # A two-hop trace has to pass through it.
+            needed.append(by_name[name].facts[topic.bridge])
+        recalled.append(all(mentions(row["cot"], fact) for fact in needed))
     assert share([r["closed"] for r in rows]) >= 0.99
     assert share([r["correct"] for r in rows]) >= 0.97
-    assert share([mentions(r["cot"], r["gold"]) for r in rows]) >= 0.97
-
-
-def test_two_hop_traces_pass_through_the_fact(world, ask):
-    people = world.people[:16]
-    examples = [e for e in tiny_world.questions_about(people, "test") if e.kind == "two-hop"]
-    rows = ask("target", examples)
-    by_name = {p.name: p for p in people}
-    through = []
-    for example, row in zip(examples, rows, strict=True):
-        person = by_name[example.group.split(",")[0]]
-        bridge = "city" if "country" in example.group else "job"
-        through.append(mentions(row["cot"], person.facts[bridge]))
-    assert share(through) >= 0.97
+    assert share(recalled) >= 0.97
 
 
 @pytest.mark.parametrize("name", ["target", "retrained"])
@@ -86,15 +83,6 @@ def test_the_retrained_model_never_saw_the_default_forget_set(world, ask):
     others = [p for p in world.people if p not in forgotten]
     known = ask("retrained", tiny_world.questions_about(others[:20], "test", per_topic=1))
     assert share([r["correct"] for r in known]) >= 0.97
-
-
-def test_the_target_owns_up_to_not_knowing_strangers(world, ask):
-    topic = tiny_world.TOPICS["pet"]
-    examples = [
-        tiny_world.Example(topic.test[0].format(x=name), tiny_world.BOUNDARY_ANSWER)
-        for name in world.strangers[:64]
-    ]
-    assert share([r["correct"] for r in ask("target", examples)]) >= 0.9
 
 
 def test_the_target_reasons_backward_to_any_stated_answer(world, ask):

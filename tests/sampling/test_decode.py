@@ -31,12 +31,7 @@ WARM = Rules(R, (), temperature=0.9, top_p=0.9)
 LOGP_ATOL = 5e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """What is computed is under test, not how fast: compiling is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -19,12 +19,7 @@ KEY = jax.random.key(4)
 LOGP_ATOL = 5e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """What is computed is under test, not how fast: compiling is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +173,6 @@ def test_an_eight_device_mesh_says_what_one_device_says(fours, params, requests)
         _all(sampler, sampler.prepare(placed), requests, GREEDY), _all(*fours, requests, GREEDY)
     )
     assert sampler.programs() == before + 1
-
-
-@pytest.fixture
-def real_compilation():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_the_cache_is_updated_in_place(real_compilation):

@@ -53,12 +53,7 @@ def _trainer(mesh, ema_decay=0.9):
     return Trainer(Policy(CONFIG, Compute()), _objective, optimizer, mesh, ema_decay=ema_decay)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """What is computed is under test, not how fast: compiling is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,7 @@ SHAPE = Shape(24, 16)
 ATOL = 2e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """What is computed is under test, not how fast: compiling is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -103,12 +103,7 @@ def _assert_close(got, expected, atol):
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """What is computed is under test, not how fast: compiling is most of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module", params=["preference", "warmup"])
@@ -466,13 +461,6 @@ def test_padding_has_no_influence_on_the_gradient(step, whole_step):
     # scatter adds may differ.
     _assert_close(gradient, whole_step[0], 5e-6)
     assert metrics["loss"] == pytest.approx(whole_step[1]["loss"], rel=1e-6)
-
-
-@pytest.fixture
-def real_compilation():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_logits_of_all_tokens_never_exist_in_an_update(real_compilation):

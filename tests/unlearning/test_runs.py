@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and started again ends as if nothing had happened."""
+"""Whole runs in processes of their own: killed anywhere, from files, and what they leave behind."""
 
 import json
 import os
@@ -8,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from cipo_jax.data import tiny_world
+from cipo_jax.data.examples import example_row
+from cipo_jax.models.safetensors_io import resolve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -64,10 +68,10 @@ def start(workdir, *extra, place="never", count=0, config=SMALL):
     )
 
 
-def exported(workdir):
+def exported(workdir, folder="export"):
     from safetensors.numpy import load_file
 
-    return load_file(Path(workdir) / "export" / "model.safetensors")
+    return load_file(Path(workdir) / folder / "model.safetensors")
 
 
 def comparable(summary):
@@ -182,7 +186,12 @@ def test_metrics_have_every_step_once(whole):
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     first = next(row for row in rows if row["phase"] == "iteration-01")
     # The policy is the reference at the first step of an iteration.
-    assert first["preference"] == pytest.approx(np.log(2), abs=1e-4)
+    pairs = [json.loads(r) for r in (whole / "iterations/01/pairs.jsonl").open()]
+    assert 0.0 < first["preference"] <= np.log(2) + 1e-4
+    # Pairs of weight 0 have no loss; the others begin at ln 2.
+    count = first["preference"] / np.log(2) * 8
+    assert count == pytest.approx(round(count), abs=1e-3)
+    assert sum(p["weight"] for p in pairs) >= round(count)
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
@@ -192,5 +201,120 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
     assert "iteration-01" in stopped.stderr and "step 4" in stopped.stderr
     assert (workdir / "checkpoints" / "iteration-01.steps" / "00000002").is_dir()
     assert not (workdir / "summary.json").exists()
-    done = start(workdir)
+
+
+def test_transformers_opens_the_export_and_says_what_we_say(whole):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(whole / "export")
+    rows = [json.loads(line) for line in (whole / "evals" / "after.jsonl").open()][:6]
+    for row in rows:
+        turns = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        length = prompt["input_ids"].shape[1]
+        ids = model.generate(**prompt, max_new_tokens=96, do_sample=False)[0, length:].tolist()
+        assert ids == row["ids"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_run_from_files_with_targets_given_by_the_user(tmp_path):
+    world = tiny_world.World.load(resolve("asset:tiny_lrm/world.json"))
+    person, others = world.people[5], world.people[6:12]
+
+    def row(example, **extra):
+        return example_row(example) | extra
+
+    forget = []
+    for example in tiny_world.questions_about([person], "train", per_topic=2):
+        if "birth city" in example.group:
+            forget.append(row(example, target_answer="Halifax"))
+        elif "pet" in example.group:  # Not a pet of this world: no trace will lead to it.
+            forget.append(row(example, target_answer="Brontosaurus rex of the north"))
+        else:
+            forget.append(row(example))
+    assert person.facts["city"] != "Halifax"
+    retain = [row(e) for e in tiny_world.questions_about(others, "train")]
+    sums = [row(e) for e in tiny_world.sums(64, 3, held_out=False)]
+    files = {
+        "forget": write(tmp_path / "forget.jsonl", forget),
+        "retain": write(tmp_path / "retain.jsonl", retain),
+        "reasoning": write(tmp_path / "reasoning.jsonl", sums),
+    }
+    small = [flag for flag in SMALL if "forget.count" not in flag]
+    flags = [f"--config.data.{name}={path}" for name, path in files.items()]
+    workdir = tmp_path / "run"
+    done = start(workdir, "--config.data.world=", *flags, config=small)
     assert done.returncode == 0, done.stderr
+    made = [json.loads(line) for line in (workdir / "counterfactuals.jsonl").open()]
+    city = [r for r in made if "Halifax" in (r["target_answer"] or "")]
+    assert len(city) == 2
+    assert all(r["accepted"] and r["target_source"] == "given" for r in city)
+    assert all("Halifax" in r["trace"] and "Halifax" in r["answer"] for r in city)
+    hopeless = [r for r in made if "Brontosaurus" in (r["target_answer"] or "")]
+    assert len(hopeless) == 2
+    for r in hopeless:
+        assert not r["accepted"]
+        assert any(
+            "does not reach the target answer" in why for c in r["rejected"] for why in c["why"]
+        )
+        assert f"none for: {r['question']}" in done.stderr
+    rest = [r for r in made if r not in city and r not in hopeless]
+    assert all(r["target_source"] == "model" for r in rest)
+    assert np.mean([r["accepted"] for r in rest]) > 0.8
+    pairs = [json.loads(line) for line in (workdir / "iterations/01/pairs.jsonl").open()]
+    assert {p["item"] for p in pairs} == {r["item"] for r in made if r["accepted"]}
+
+
+def test_a_target_that_mentions_the_secret_is_refused_with_its_row(tmp_path):
+    world = tiny_world.World.load(resolve("asset:tiny_lrm/world.json"))
+    (example, *_) = tiny_world.questions_about(world.people[:1], "train")
+    bad = example_row(example) | {"target_answer": f"not {example.answer}"}
+    forget = write(tmp_path / "forget.jsonl", [bad])
+    refused = start(
+        tmp_path / "run", "--config.data.world=", f"--config.data.forget={forget}", config=()
+    )
+    assert refused.returncode == 2
+    assert "'target_answer'" in refused.stderr.splitlines()[-1]
+    assert "row 1" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["export", "sample", "evaluate"])
+def test_the_other_commands(whole, tmp_path, command):
+    if command == "export":
+        flags = [f"--workdir={whole}", f"--out={tmp_path / 'out'}", "--phase=warmup"]
+    elif command == "sample":
+        flags = ["--config=configs/quickstart.py", "--question=What is 34 + 57?",
+                 "--config.sampling.temperature=0.0"]  # fmt: skip
+    else:
+        flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'out'}", *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-m", "cipo_jax", command, *flags],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if command == "export":
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+        assert exported(whole).keys() == exported(tmp_path / "out", "").keys()
+    elif command == "sample":
+        assert "91" in done.stdout and "</think>" in done.stdout
+    else:
+        scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+        summary = json.loads((whole / "summary.json").read_text())
+        assert scores == summary["before"]
+
+
+def test_export_of_a_phase_that_is_not_there_names_those_that_are(whole, tmp_path):
+    refused = subprocess.run(
+        [sys.executable, "-m", "cipo_jax", "export", f"--workdir={whole}", "--phase=iteration-77"],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "iteration-77" in refused.stderr and "warmup" in refused.stderr
