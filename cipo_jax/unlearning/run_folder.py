@@ -5,6 +5,7 @@ A stage writes its files under their final names only when they are whole, and i
 started again repeats at most the batch or the steps it was in, and draws the same numbers.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -108,7 +109,9 @@ class RunFolder:
         self._stages[name] = {"fingerprint": chain, "seconds": seconds, "result": result}
         self._stage = ""
         self._save()
-        shutil.rmtree(self._parts(name), ignore_errors=True)
+        shutil.rmtree(self.path / ".parts" / chain, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another stage's parts are still there, or none were.
+            (self.path / ".parts").rmdir()
         return result
 
     def result(self, name: str) -> Row:

@@ -121,6 +121,7 @@ def test_kills_everywhere_change_nothing(whole, tmp_path):
             path = Path("iterations") / iteration / file
             assert (whole / path).read_text() == (workdir / path).read_text(), path
     assert not list(workdir.rglob("*tmp*")), "leftovers of killed writes"
+    assert not (workdir / ".parts").exists()
 
 
 def test_a_finished_run_started_again_only_prints(whole):
