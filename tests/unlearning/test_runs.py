@@ -88,6 +88,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_kills_everywhere_change_nothing(whole, tmp_path):
     workdir = tmp_path / "run"
     for place, count in (
@@ -226,6 +227,7 @@ def write(path, rows):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_from_files_with_targets_given_by_the_user(tmp_path):
     world = tiny_world.World.load(resolve("asset:tiny_lrm/world.json"))
     person, others = world.people[5], world.people[6:12]
