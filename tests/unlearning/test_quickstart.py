@@ -11,15 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def unlearn(workdir, *overrides, environment=None, config="configs/quickstart.py"):
+def unlearn(workdir, *overrides):
     names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     clean = {k: v for k, v in os.environ.items() if k not in names}
     done = subprocess.run(
         [
-            sys.executable, "-m", "cipo_jax", "unlearn", f"--config={config}",
+            sys.executable, "-m", "cipo_jax", "unlearn", "--config=configs/quickstart.py",
             f"--workdir={workdir}", *overrides,
         ],
-        cwd=ROOT, env=clean | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
+        cwd=ROOT, env=clean | {"JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -93,23 +93,3 @@ def test_every_strategy_loss_and_reference_forgets_one_person(tmp_path, override
     assert all(row["accepted"] for row in rows)
     if "boundary" in overrides[0]:
         assert {row["answer"] for row in rows} == {"unknown"}
-
-
-@pytest.mark.slow
-def test_a_mesh_of_eight_devices_forgets_as_one_does(tmp_path):
-    person = (f"--config.forget.people={some_name()}",)
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    one, _ = unlearn(tmp_path / "one", *person, *SMALL)
-    many, _ = unlearn(
-        tmp_path / "many", *person, *SMALL, *mesh,
-        environment={"JAX_NUM_CPU_DEVICES": "8"},
-    )  # fmt: skip
-    assert many["before"] == one["before"]
-    assert many["after"]["forget"]["cot_leak"] <= 0.15
-    same = [
-        (tmp_path / name / "counterfactuals.jsonl").read_text().splitlines()
-        for name in ("one", "many")
-    ]
-    traces = [[json.loads(row)["completion_ids"] for row in rows] for rows in same]
-    agree = sum(a == b for a, b in zip(*traces, strict=True)) / len(traces[0])
-    assert agree >= 0.95  # sums in another order may tip a rare draw
