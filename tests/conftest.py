@@ -44,9 +44,8 @@ def quick_compilation():
 
 
 @pytest.fixture
-def real_compilation():
+def real_compilation(quick_compilation):
     """For the tests in such modules that look at what the compiler makes."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
