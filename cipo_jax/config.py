@@ -7,6 +7,7 @@ line made of it into the dataclasses below, and stops at the first key or value 
 import dataclasses
 import difflib
 import math
+import string
 import typing
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,18 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters to train in place of all parameters; see `models.lora`."""
+
+    rank: int = setting(0, 0)  # 0 trains all parameters (or takes the rank from `path`)
+    alpha: float = setting(16.0, 0.0)  # the adapters' product is weighted by alpha / rank
+    targets: str = "all-linear"  # or names, comma-separated: q_proj, k_proj, v_proj, o_proj, ...
+    dropout: float = setting(0.0, 0.0, 0.99)  # of the adapters' inputs, in training
+    rank_stabilised: bool = False  # alpha / sqrt(rank) instead
+    path: str = ""  # a PEFT folder of adapters to start from; rank, alpha and targets are theirs
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; one of them may be -1, "the rest"."""
 
@@ -59,8 +72,47 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ThinkConfig:
+    """How a question is put and where thinking ends; the defaults suit models with think tags."""
+
+    open: str = "<think>"  # tag that opens the think block; "" where the model writes none
+    close: str = "</think>"  # tag that closes it; plain text such as "Answer:" will do
+    prompt: str = ""  # "" for the tokenizer's chat template, else a text with {question}
+    system: str = ""  # system message for the chat template; "" for none
+
+    def __post_init__(self) -> None:
+        for key in ("open", "close"):
+            tag = getattr(self, key)
+            if tag != tag.strip():
+                raise UserError(f"config.think.{key} = {tag!r}: may not have white space around it")
+        if not self.close:
+            raise UserError("config.think.close is empty: without it no answer is ever found")
+        if self.open and (self.open in self.close or self.close in self.open):
+            raise UserError(
+                f"config.think.open = {self.open!r}: cannot be told from config.think.close = "
+                f"{self.close!r}"
+            )
+        if self.prompt and self.system:
+            raise UserError(
+                "config.think.system and config.think.prompt are both given: write the system "
+                "message into the prompt"
+            )
+        try:
+            fields = [f[1:] for f in string.Formatter().parse(self.prompt) if f[1] is not None]
+        except ValueError as error:
+            raise UserError(
+                f"config.think.prompt: {error}; write other braces than {{question}} twice"
+            ) from None
+        if self.prompt and set(fields) != {("question", "", None)}:
+            raise UserError(
+                "config.think.prompt: must hold {question} and no other field; write other braces "
+                "twice"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from: a tiny world, or JSON Lines files (see `data.examples`)."""
+    """Where examples come from: a tiny world, or files and data sets (see `data.readers`)."""
 
     world: str = "asset:tiny_lrm/world.json"  # "" to read the files below instead
     forget: str = ""
@@ -145,7 +197,9 @@ class CipoConfig:
     label_smoothing: float = setting(0.0, 0.0, 0.499)
     nll_weight: float = setting(0.2, 0.0)  # of the NLL on chosen completions
     retain_weight: float = setting(1.0, 0.0)  # of the NLL on retained facts and reasoning
-    reference: Literal["initial", "previous_iteration", "ema"] = "previous_iteration"
+    # Whose log-probabilities the preference is relative to: the model that came in ("base"), the
+    # one after the warm-up ("initial"), each iteration's start, or a moving average.
+    reference: Literal["base", "initial", "previous_iteration", "ema"] = "previous_iteration"
     ema_decay: float = setting(0.99, 0.0, 1.0)
     leak_goal: float = setting(0.0, 0.0, 1.0)  # a round with no more validation leak is clean
     patience: int = setting(1, 1)  # clean rounds in a row after which the loop stops
@@ -184,7 +238,9 @@ class Config:
 
     seed: int = setting(0, 0)
     model: ModelConfig = group(ModelConfig)
+    lora: LoraConfig = group(LoraConfig)
     mesh: MeshConfig = group(MeshConfig)
+    think: ThinkConfig = group(ThinkConfig)
     data: DataConfig = group(DataConfig)
     forget: ForgetConfig = group(ForgetConfig)
     sampling: SamplingConfig = group(SamplingConfig)

@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     def make() -> dict:
         splits = engine.splits
         rows, scores = engine.evaluate(
-            "model", "evaluation", engine.load_params(), splits.for_evaluation()
+            "model", "evaluation", engine.assemble(engine.start()), splits.for_evaluation()
         )
         engine.folder.write_rows("evals/model.jsonl", rows)
         engine.folder.write_json("scores.json", scores)

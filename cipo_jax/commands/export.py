@@ -7,9 +7,11 @@ from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import Config, parse
 from cipo_jax.errors import UserError
 
-HELP = """Writes the parameters that the run's last finished phase (the warm-up or an iteration; or
-the one named by --phase) ended with, to --out (default: WORKDIR/export). The config is the run's
-own. A finished run has exported its best iteration already."""
+HELP = """Writes the parameters of a run to --out: those that its last finished phase (the warm-up
+or an iteration; or the one named by --phase) ended with or, before the first is finished, those of
+the last checkpoint. A run with adapters gives its base with the adapters worked into it, or with
+--form=adapter the adapters alone, as the PEFT library reads them. The config is the run's own. A
+finished run has exported its best iteration already."""
 
 
 def run(argv: list[str]) -> int:
@@ -22,33 +24,50 @@ def run(argv: list[str]) -> int:
         strings={
             "workdir": "the run folder",
             "phase": "warmup or iteration-NN; default: the last one there",
-            "out": "the folder to write; default: WORKDIR/export",
+            "form": "merged (default) or adapter",
+            "out": "the folder to write; default: WORKDIR/export, or WORKDIR/adapter",
         },
         needs=("workdir",),
     )
-    workdir = Path(flags.workdir)
+    workdir, form = Path(flags.workdir), flags.form or "merged"
+    if form not in ("merged", "adapter"):
+        raise UserError(f"--form={form}: must be merged or adapter")
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; --workdir must be the folder of a run")
     config = parse(Config, json.loads(path.read_text(encoding="utf-8")))
-    phases = sorted(
-        p.name
-        for p in (workdir / "checkpoints").glob("*")
-        if p.is_dir() and "." not in p.name
-    )  # fmt: skip
-    phase = flags.phase or max(phases, key=lambda name: (name != "warmup", name), default="")
-    if phase not in phases:
-        there = ", ".join(phases) or "none yet"
-        raise UserError(f"{workdir / 'checkpoints'}: no phase {phase!r}; there: {there}")
 
+    import dataclasses
+
+    from cipo_jax.models import lora as adapters
+    from cipo_jax.models.decoder import abstract_params, merged
     from cipo_jax.models.reasoning_model import ReasoningModel
     from cipo_jax.training.checkpoints import Checkpoints
-    from cipo_jax.training.mesh import abstract_on, make_mesh
+    from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
 
-    model = ReasoningModel.open(config.model.path)
-    abstract = abstract_on(make_mesh(), model.config)
-    weights = Checkpoints(workdir / "checkpoints").load_phase(phase, {"params": abstract})
-    out = Path(flags.out) if flags.out else workdir / "export"
-    model.save(out, weights["params"], config.model.export_dtype)
-    print(f"wrote {out}: the model that {phase} ended with")
+    checkpoints = Checkpoints(workdir / "checkpoints", clean=False)
+    phase, step = checkpoints.choose(flags.phase)
+    model = ReasoningModel.open(config.model.path, config.think)
+    lora = adapters.lora_of(config.lora)
+    if form == "adapter" and lora is None:
+        raise UserError(f"{path}: this run trained all parameters: it has no adapters; drop --form")
+    try:
+        mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    except UserError:  # Other devices than the run had; any will do to write files.
+        mesh = make_mesh()
+    shapes = abstract_params(model.config)
+    shardings = param_shardings(shapes, mesh)
+    trained = abstract_on(mesh, adapters.abstract_adapters(model.config, lora) if lora else shapes)
+    params = checkpoints.load_params(phase, step, trained)
+    out = Path(flags.out) if flags.out else workdir / ("adapter" if form == "adapter" else "export")
+    if form == "adapter":
+        assert lora is not None
+        adapters.save_adapters(out, model.config, lora, params, config.model.path)
+    else:
+        if lora is not None:
+            base = model.load_params(shardings, config.model.dtype)
+            params = merged(adapters.assemble(lora, base, params))
+        model.save(out, params, config.model.export_dtype)
+    at = f"{phase} after {step} steps" if step is not None else f"the end of {phase}"
+    print(f"wrote {out}: {'the adapters' if form == 'adapter' else 'the model'} of {at}")
     return 0

@@ -1,21 +1,20 @@
-"""Examples, and JSON Lines in and out. The schema of every data file is `Example`.
+"""Examples, and JSON Lines out. The schema of our own data files is `Example`.
 
 `question` and `answer` are required; `cot` is the chain of thought that leads to the answer,
 `target_answer` what the user wants to hear instead, `aliases` other spellings of the answer,
 `facts` further strings that must not surface either (a bridge of a two-hop question, say), and
 `kind` a free label by which scores are broken down. Questions that share a `group` ask for the same
-fact and are given the same target answer.
+fact and are given the same target answer. `paraphrased_question` and `paraphrased_answer` say the
+same in other words, `perturbed_answers` are wrong answers to compare with, as in TOFU.
 """
 
 import dataclasses
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from cipo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,98 +29,14 @@ class Example:
     facts: tuple[str, ...] = ()
     kind: str = ""
     group: str = ""
+    paraphrased_question: str | None = None
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
 
     @property
     def forbidden(self) -> tuple[str, ...]:
         """Every string whose appearance is a leak: the answer, its aliases and further facts."""
         return tuple(dict.fromkeys((self.answer, *self.aliases, *self.facts)))
-
-
-_STRINGS = ("question", "answer", "cot", "target_answer", "kind", "group")
-_LISTS = ("aliases", "facts")
-_REQUIRED = ("question", "answer")
-_OPTIONAL = ("cot", "target_answer")
-
-
-def _parse(row: Any) -> Example:
-    """Raises ValueError with the field's name and what it should have been."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    values: dict[str, Any] = {}
-    for name in _STRINGS:
-        value = row.get(name)
-        if value is None and name in _REQUIRED:
-            raise ValueError(f"field {name!r} is missing")
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            raise ValueError(f"field {name!r} should be a string, not {type(value).__name__}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError(f"field {name!r} holds half of a surrogate pair, which is no text")
-        if name in (*_REQUIRED, *_OPTIONAL) and not value.strip():
-            raise ValueError(f"field {name!r} is empty")
-        values[name] = value
-    for name in _LISTS:
-        value = row.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
-            raise ValueError(f"field {name!r} should be a list of non-empty strings")
-        values[name] = tuple(value)
-    unknown = sorted(set(row) - set(_STRINGS) - set(_LISTS))
-    if unknown:
-        raise ValueError(
-            f"field {unknown[0]!r} is not known; the fields are {', '.join(_STRINGS + _LISTS)}"
-        )
-    return Example(**values)
-
-
-def read_examples(path: str | Path, required: Sequence[str] = ()) -> list[Example]:
-    """Reads a JSON Lines file of examples.
-
-    Args:
-      path: the file.
-      required: optional fields that each row must have here: "cot" for rows that are trained on.
-
-    Raises:
-      UserError: naming file, line and field, where a row is not as the schema says, where two rows
-        ask the same question, or where there is no row at all.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give the path of a JSON Lines file") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a JSON Lines file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    examples: list[Example] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = _parse(json.loads(line))
-            for name in required:
-                if getattr(example, name) is None:
-                    raise ValueError(f"field {name!r} is missing; rows trained on need one")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg}; one object a line") from None
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-        if example.question in seen:
-            raise UserError(
-                f"{path}:{number}: field 'question' repeats line {seen[example.question]}; "
-                "drop one of the two"
-            )
-        seen[example.question] = number
-        examples.append(example)
-    if not examples:
-        raise UserError(f"{path}: holds no rows; it needs at least one JSON object a line")
-    return examples
 
 
 def example_row(example: Example) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The nine splits of a run, from a tiny world or from files, all as lists of `Example`.
+"""The nine splits of a run, from a tiny world or from data files, all as lists of `Example`.
 
 train splits are learned from, valid splits choose the checkpoint, eval splits are only reported.
 """
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from cipo_jax.config import Config
 from cipo_jax.data import tiny_world
-from cipo_jax.data.examples import Example, normalised_words, read_examples
+from cipo_jax.data.examples import Example, normalised_words
+from cipo_jax.data.readers import read_examples
 from cipo_jax.errors import UserError
-from cipo_jax.models.safetensors_io import resolve
+from cipo_jax.models.hub import resolve
 
 _FILES = tuple(
     role + part for role in ("forget", "retain", "reasoning") for part in ("", "_valid", "_eval")
@@ -125,14 +126,14 @@ def _from_files(config: Config) -> Splits:
     data = config.data
     read: dict[str, tuple[Example, ...]] = {}
     for role in ("forget", "retain", "reasoning"):
-        path = getattr(data, role)
-        if not path and role == "forget":
+        source = getattr(data, role)
+        if not source and role == "forget":
             raise UserError(
-                "config.data.forget is empty: give a JSON Lines file of what to forget, or set "
-                "config.data.world"
+                "config.data.forget is empty: give a JSON Lines file of what to forget, "
+                "FOLDER:NAME or hub:OWNER/NAME:PART, or set config.data.world"
             )
         required = () if role == "forget" else ("cot",)
-        read[role] = tuple(read_examples(path, required)) if path else ()
+        read[role] = tuple(read_examples(source, required)) if source else ()
         for part in ("valid", "eval"):
             other = getattr(data, f"{role}_{part}")
             read[f"{role}_{part}"] = tuple(read_examples(other)) if other else read[role]

@@ -8,8 +8,7 @@ import jax
 from cipo_jax.data.examples import Example
 from cipo_jax.data.think import ThinkFormat
 from cipo_jax.evals.leakage import Row, accuracy_scores, forget_scores, judge
-from cipo_jax.sampling.decode import Rules
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.typing import Params
 
 Scores = dict[str, dict[str, float]]
@@ -46,7 +45,7 @@ def generate_rows(
     """
     from cipo_jax.data.batches import bucket
 
-    rules = Rules(max_new_tokens, (format.eos_id,))
+    rules = rules_of(format, max_new_tokens)
 
     def work(batch: Any) -> list[Row]:
         split, longest, requests, examples = batch

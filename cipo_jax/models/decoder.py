@@ -6,6 +6,7 @@ scan would copy every layer's slice at each token. `Block` is the one definition
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,18 +16,42 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cipo_jax.ops import attention as attention_ops
-from cipo_jax.ops.rope import rope
+from cipo_jax.ops.rope import Rope, Rotation, rotate, rotation
 from cipo_jax.typing import Array, Float, Int, Params
 
 Remat = Literal["none", "full", "names"]
-# Given queries, keys and values of this call, returns the attended values and whatever the caller
-# wants to keep of the layer (its keys and values, an updated cache, or nothing).
+# Given queries, keys and values of this call, before their rotation, returns the attended values
+# and whatever the caller wants to keep of the layer (its keys and values, or nothing).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What may differ between the layers of a model.
+
+    Attributes:
+      rope: position embedding; None for a layer that has none (NoPE).
+      window: tokens that a query sees at most, itself included; None for all up to it.
+    """
+
+    rope: Rope | None = Rope()
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides the decoder's numbers; read from a Hugging Face config.json."""
+    """Everything that decides the decoder's numbers; read from a Hugging Face config.json.
+
+    Attributes:
+      qkv_bias: whether the q, k and v projections have biases.
+      o_bias: whether the attention's output projection has one.
+      mlp_bias: whether the three projections of the feed-forward part have.
+      qk_norm: norm of queries and keys: none, each head by itself (Qwen3), or all heads of a token
+        together (OLMo 2).
+      post_norm: the norms follow attention and feed-forward part, inside the residual branch (OLMo
+        2), instead of standing before them.
+      layer_kinds: one kind for all layers, or one for each.
+    """
 
     vocab_size: int
     d_model: int
@@ -35,11 +60,30 @@ class DecoderConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tied_head: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
+    post_norm: bool = False
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
+
+    def __post_init__(self) -> None:
+        if len(self.layer_kinds) not in (1, self.layers):
+            raise ValueError(
+                f"layer_kinds has {len(self.layer_kinds)} entries for {self.layers} layers"
+            )
+
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds that occur, each once."""
+        return tuple(dict.fromkeys(self.layer_kinds))
+
+    def kind_ids(self) -> list[int]:
+        """For each layer the index of its kind in `kinds()`."""
+        kinds = self.kinds()
+        ids = [kinds.index(kind) for kind in self.layer_kinds]
+        return ids if len(ids) == self.layers else ids * self.layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +94,7 @@ class Compute:
     remat: Remat = "none"
     attention: attention_ops.Implementation = "xla"
     logits_chunk: int = 1024
+    lora_dropout: float = 0.0  # of the inputs of adapters, where a dropout key is given
 
 
 class RMSNorm(nn.Module):
@@ -66,42 +111,78 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+class Projection(nn.Module):
+    """x @ kernel (+ bias), plus x @ a @ b where there is an adapter (LoRA, arXiv 2106.09685).
+
+    Attributes:
+      inputs: sizes of the trailing axes of x that are summed over.
+      outputs: sizes of the axes that take their place.
+      compute: dtype, and dropout of the adapter's input.
+      bias: whether there is one.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    compute: Compute
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = jnp.dtype(self.compute.dtype)
+        axes = len(self.inputs)
+        kernel = self.param("kernel", self._init, (*self.inputs, *self.outputs), jnp.float32)
+        y = jnp.tensordot(x, kernel.astype(dtype), axes)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
+            y = y + bias.astype(dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            if self.has_rng("dropout") and self.compute.lora_dropout:
+                x = nn.Dropout(self.compute.lora_dropout, deterministic=False)(x)
+            y = y + jnp.tensordot(jnp.tensordot(x, a.astype(dtype), axes), b.astype(dtype), 1)
+        return y
+
+    def _init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        flat = (math.prod(self.inputs), math.prod(self.outputs))
+        return nn.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
+
+
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Attention and SwiGLU, each added to the residual stream."""
 
     config: DecoderConfig
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend
-    ) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Array, Any]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
 
-        def project(name: str, heads: int) -> nn.DenseGeneral:
-            return nn.DenseGeneral((heads, c.head_dim), use_bias=c.qkv_bias, dtype=dtype, name=name)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c.norm_eps, dtype, name=name)
 
-        h = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q = project("q", c.heads)(h)
-        k = project("k", c.kv_heads)(h)
-        v = project("v", c.kv_heads)(h)
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, dtype, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, dtype, name="k_norm")(k)
-        q = checkpoint_name(rope(q, positions, c.rope_theta), "q")
-        k = checkpoint_name(rope(k, positions, c.rope_theta), "k")
-        v = checkpoint_name(v, "v")
+        def project(name: str, inputs: Any, outputs: Any, bias: bool) -> Projection:
+            return Projection(inputs, outputs, self.compute, bias, name=name)
+
+        h = x if c.post_norm else norm("attn_norm")(x)
+        q = project("q", (c.d_model,), (c.heads, c.head_dim), c.qkv_bias)(h)
+        k = project("k", (c.d_model,), (c.kv_heads, c.head_dim), c.qkv_bias)(h)
+        v = project("v", (c.d_model,), (c.kv_heads, c.head_dim), c.qkv_bias)(h)
+        if c.qk_norm == "head":
+            q, k = norm("q_norm")(q), norm("k_norm")(k)
+        elif c.qk_norm == "all":
+            q = norm("q_norm")(q.reshape(*q.shape[:-2], -1)).reshape(q.shape)
+            k = norm("k_norm")(k.reshape(*k.shape[:-2], -1)).reshape(k.shape)
         with jax.named_scope("attention"):
             attended, kept = attend(q, k, v)
         attended = checkpoint_name(attended, "attended")
-        x = x + nn.DenseGeneral(c.d_model, axis=(-2, -1), use_bias=False, dtype=dtype, name="o")(
-            attended
-        )
+        h = project("o", (c.heads, c.head_dim), (c.d_model,), c.o_bias)(attended)
+        x = x + (norm("attn_norm")(h) if c.post_norm else h)
 
-        h = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        gate = nn.Dense(c.d_ff, use_bias=False, dtype=dtype, name="gate")(h)
-        up = nn.Dense(c.d_ff, use_bias=False, dtype=dtype, name="up")(h)
-        x = x + nn.Dense(c.d_model, use_bias=False, dtype=dtype, name="down")(nn.silu(gate) * up)
+        h = x if c.post_norm else norm("mlp_norm")(x)
+        gate = project("gate", (c.d_model,), (c.d_ff,), c.mlp_bias)(h)
+        up = project("up", (c.d_model,), (c.d_ff,), c.mlp_bias)(h)
+        h = project("down", (c.d_ff,), (c.d_model,), c.mlp_bias)(nn.silu(gate) * up)
+        x = x + (norm("mlp_norm")(h) if c.post_norm else h)
         return checkpoint_name(x, "block"), kept
 
 
@@ -118,13 +199,38 @@ class _TrainingBlock(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array) -> tuple[Array, None]:
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-            out = attention_ops.causal_attention(q, k, v, self.compute.attention)
-            return out, None
+    def __call__(self, x: Array, kind: Array, rotations: Rotation) -> tuple[Array, None]:
+        windows = tuple(k.window for k in self.config.kinds())
+        # Where all layers are of a kind, nothing is chosen at run time.
+        by = jax.tree.map(lambda r: r[kind] if len(windows) > 1 else r[0], rotations)
 
-        block = Block(self.config, self.compute, name="block")
-        return block(x, positions, attend)
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            q = checkpoint_name(rotate(q, by), "q")
+            k = checkpoint_name(rotate(k, by), "k")
+            v = checkpoint_name(v, "v")
+
+            def within(window: int | None) -> Callable[[Array, Array, Array], Array]:
+                return lambda q, k, v: attention_ops.causal_attention(
+                    q, k, v, self.compute.attention, window
+                )
+
+            if len(set(windows)) == 1:
+                return within(windows[0])(q, k, v), None
+            return jax.lax.switch(kind, [within(w) for w in windows], q, k, v), None
+
+        return Block(self.config, self.compute, name="block")(x, attend)
+
+
+def _rotations(config: DecoderConfig, positions: Array, known: Array | None) -> list[Rotation]:
+    """The rotation of each of the config's kinds."""
+    rotations = []
+    for kind in config.kinds():
+        if kind.rope is not None and kind.rope.kind == "dynamic" and known is not None:
+            at = jnp.broadcast_to(positions, known.shape)
+            rotations.append(rotation(kind.rope, config.head_dim, at, known))
+        else:
+            rotations.append(rotation(kind.rope, config.head_dim, positions))
+    return rotations
 
 
 class Decoder(nn.Module):
@@ -134,7 +240,9 @@ class Decoder(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], known: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embedding = self.param(
             "embed", nn.initializers.normal(0.02), (c.vocab_size, c.d_model), jnp.float32
@@ -142,18 +250,19 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.param("head", nn.initializers.normal(0.02), (c.d_model, c.vocab_size), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        rotations = _rotations(c, jnp.arange(tokens.shape[1]), known)
         block: Any = _TrainingBlock
         if self.compute.remat != "none":
             block = nn.remat(block, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (typed too narrowly)
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  (typed too narrowly)
             length=c.layers,
         )
-        x, _ = layers(c, self.compute, name="layers")(x, positions)
+        stacked = jax.tree.map(lambda *r: jnp.stack(r), *rotations)
+        x, _ = layers(c, self.compute, name="layers")(x, jnp.array(c.kind_ids()), stacked)
         return RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
 
 
@@ -168,21 +277,66 @@ def abstract_params(config: DecoderConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+def base_of(params: Params) -> Params:
+    """The parameters without their adapters; see `models.lora`."""
+    return params.get("base", params)
+
+
+def merged(params: Params) -> Params:
+    """The training layout with adapters worked into it; as it is where there are none."""
+    if "lora" not in params:
+        return params
+
+    def add(base: Params, adapters: Params) -> Params:
+        if "a" not in adapters:
+            return {k: add(v, adapters[k]) if k in adapters else v for k, v in base.items()}
+        change = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(adapters["a"], adapters["b"])
+        kernel = base["kernel"]
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        return base | {"kernel": (kernel.astype(wide) + change.astype(wide)).astype(kernel.dtype)}
+
+    return add(params["base"], params["lora"])
+
+
 def hidden_states(
-    config: DecoderConfig, compute: Compute, params: Params, tokens: Int[Array, "B T"]
+    config: DecoderConfig,
+    compute: Compute,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    known: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Final hidden states (after the last norm) of right-padded sequences."""
-    return Decoder(config, compute).apply({"params": params}, tokens)  # type: ignore[return-value]
+    """Final hidden states (after the last norm) of right-padded sequences.
+
+    Args:
+      config: the model's shape.
+      compute: dtype and kernels.
+      params: the training layout; or {"base": training layout, "lora": adapters}, with a
+        "dropout_key" where the adapters' inputs are to be dropped out.
+      tokens: token ids.
+      known: tokens that the sequence had when each token was computed; see `ops.rope.rotation`.
+    """
+    variables = {"params": base_of(params)}
+    rngs = {}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
+    if "dropout_key" in params:
+        # The groups of a batch are computed one by one: each is to have a mask of its own.
+        rngs["dropout"] = jax.random.fold_in(params["dropout_key"], jnp.sum(tokens))
+    return Decoder(config, compute).apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
     """The output matrix: the head's own, or the transposed embedding where they are tied."""
-    return params["embed"].T if config.tied_head else params["head"]
+    base = base_of(params)
+    return base["embed"].T if config.tied_head else base["head"]
 
 
 def decoding_layout(config: DecoderConfig, params: Params, dtype: str) -> Params:
-    """Training layout -> decoding layout: a list of per-layer dicts, cast to the decoding dtype."""
-    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    """Training layout -> decoding layout: a list of per-layer dicts, cast to the decoding dtype.
+
+    Adapters are worked into the weights, so that a decoding step costs what it does without them.
+    """
+    cast = jax.tree.map(lambda x: x.astype(dtype), merged(params))
     stacked = cast["layers"]["block"]
     layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(config.layers)]
     return {
@@ -200,6 +354,7 @@ def decode_layers(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
+    known: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Applies the layers of a decoding layout one by one.
 
@@ -209,19 +364,22 @@ def decode_layers(
       params: from `decoding_layout`.
       tokens: token ids.
       positions: their absolute positions.
-      attend: (layer, q, k, v) -> (attended values, what to keep of the layer).
+      attend: (layer, rotated q, rotated k, v) -> (attended values, what to keep of the layer).
+      known: as in `hidden_states`.
 
     Returns:
       Final hidden states, and what `attend` kept of each layer.
     """
     x = jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
+    rotations, kinds = _rotations(config, positions, known), config.kind_ids()
     kept = []
     for i, layer in enumerate(params["layers"]):
 
         def attend_here(q: Array, k: Array, v: Array, i: int = i) -> tuple[Array, Any]:
-            return attend(i, q, k, v)
+            by = rotations[kinds[i]]
+            return attend(i, rotate(q, by), rotate(k, by), v)
 
-        x, keep = Block(config, compute).apply({"params": layer}, x, positions, attend_here)  # type: ignore[misc]
+        x, keep = Block(config, compute).apply({"params": layer}, x, attend_here)  # type: ignore[misc]
         kept.append(keep)
     norm = RMSNorm(config.norm_eps, jnp.dtype(compute.dtype))
     return norm.apply({"params": params["final_norm"]}, x), kept  # type: ignore[return-value]

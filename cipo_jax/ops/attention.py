@@ -19,6 +19,7 @@ def causal_attention(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     implementation: Implementation = "xla",
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal grouped-query attention over right-padded sequences.
 
@@ -27,11 +28,19 @@ def causal_attention(
       k: keys, K divides N.
       v: values.
       implementation: "xla" runs anywhere, "cudnn" is flash attention on NVIDIA GPUs (16-bit only).
+      window: tokens that a query sees at most, itself included; None for all up to it.
 
     Returns:
       The attended values. Rows beyond a sequence's length hold numbers that mean nothing.
     """
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
 
 
 def decode_attention(
@@ -42,6 +51,7 @@ def decode_attention(
     k: Float[Array, "P n K R H"],
     v: Float[Array, "P n K R H"],
     slot: Int[Array, ""],
+    window: int | None = None,
 ) -> Float[Array, "P n N H"]:
     """One decoding step: n samples of a prompt attend to its shared cache and to their own.
 
@@ -56,6 +66,7 @@ def decode_attention(
       k: keys of the responses; slots 0..slot hold real tokens.
       v: values of the responses.
       slot: the response slot that this step has just written.
+      window: tokens that a query sees at most, itself included; None for all up to it.
 
     Returns:
       The attended values.
@@ -67,6 +78,11 @@ def decode_attention(
     on_response = jnp.einsum("PnKGH,PnKRH->PnKGR", grouped, k)
     visible_prompt = jnp.arange(S)[None, :] < prompt_lengths[:, None]
     visible_response = jnp.arange(R) <= slot
+    if window is not None:
+        # The query stands at prompt_lengths + slot, response slot r at prompt_lengths + r.
+        oldest = prompt_lengths[:, None] + slot - window + 1
+        visible_prompt &= jnp.arange(S)[None, :] >= oldest
+        visible_response &= jnp.arange(R) > slot - window
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.concatenate(
         [

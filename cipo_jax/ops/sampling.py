@@ -38,7 +38,11 @@ def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: Array, temperature: float, top_p: float
+    logits: Float[Array, "B V"],
+    keys: Array,
+    temperature: float,
+    top_p: float,
+    vocabulary: int = 0,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws one token a row.
 
@@ -47,15 +51,19 @@ def draw(
       keys: [B] PRNG keys, one a row, so that a row's draw owes nothing to the others.
       temperature: 0 takes the most likely token.
       top_p: nucleus, applied after the temperature; 1 keeps everything.
+      vocabulary: ids from here on are never drawn; 0 for none.
 
     Returns:
       Token ids, and their log-probabilities under the model itself (temperature 1, no nucleus).
     """
     logits = logits.astype(jnp.float32)
+    allowed = logits
+    if 0 < vocabulary < logits.shape[-1]:
+        allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, logits, -jnp.inf)
     if temperature == 0.0:
-        ids = jnp.argmax(logits, axis=-1)
+        ids = jnp.argmax(allowed, axis=-1)
     else:
-        warm = logits / temperature
+        warm = allowed / temperature
         if top_p < 1.0:
             warm = jnp.where(top_p_mask(warm, top_p), warm, -jnp.inf)
         ids = jax.vmap(jax.random.categorical)(keys, warm)

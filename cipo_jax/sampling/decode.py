@@ -24,12 +24,14 @@ class Rules:
       stop_ids: a row ends with any of these, which is kept as its last token.
       temperature: 0 is greedy.
       top_p: nucleus; 1 keeps everything.
+      vocabulary: ids from here on are padding of the embedding and never drawn; 0 for none.
     """
 
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 0.0
     top_p: float = 1.0
+    vocabulary: int = 0
 
 
 class Completions(NamedTuple):
@@ -48,16 +50,19 @@ class Completions(NamedTuple):
     stops: Int[Array, "P n"]
 
 
-class _Loop(NamedTuple):
-    """The carry of the decoding loop.
+class Decoding(NamedTuple):
+    """A batch in the middle of its decoding.
 
     Attributes:
-      slot: response slot that the next token of every row is written to.
+      slot: response slot that the last token of every row was written to.
       token: [P, n] last drawn token of each row.
       ended: [P, n] rows that have drawn a stop id.
       ids: [P, n, R] tokens so far.
       logps: [P, n, R] their log-probabilities.
       cache: per layer, (keys, values) of the response, each [P, n, K, R, H].
+      prompt_cache: per layer, (keys, values) of the prompt, each [P, K, S, H]; read-only.
+      lengths: [P] real tokens of each prompt.
+      keys: [P, n] PRNG keys.
     """
 
     slot: Int[Array, ""]
@@ -66,6 +71,9 @@ class _Loop(NamedTuple):
     ids: Int[Array, "P n R"]
     logps: Float[Array, "P n R"]
     cache: list[tuple[Array, Array]]
+    prompt_cache: list[tuple[Array, Array]]
+    lengths: Int[Array, " P"]
+    keys: Array
 
 
 def generate(
@@ -94,101 +102,149 @@ def generate(
     Returns:
       The completions.
     """
+    state = prefill(config, compute, rules, params, prompts, lengths, keys)
+    state = decode(config, compute, rules, params, state, rules.max_new_tokens)
+    return completions(rules, state)
+
+
+def prefill(
+    config: DecoderConfig,
+    compute: Compute,
+    rules: Rules,
+    params: Params,
+    prompts: Int[Array, "P S"],
+    lengths: Int[Array, " P"],
+    keys: Array,
+) -> Decoding:
+    """Reads the prompts and draws the first token of every row; arguments as in `generate`."""
     P, S = prompts.shape
     n, R = keys.shape[1], rules.max_new_tokens
-    stop_ids = jnp.array(rules.stop_ids, jnp.int32)
+    windows = _windows(config)
 
-    def next_token(hidden: Array, slot: Array) -> tuple[Array, Array]:
-        with jax.named_scope("head"):
-            logits = jnp.dot(
-                hidden.reshape(P * n, -1), params["head"], preferred_element_type=jnp.float32
-            )
-        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, slot))(keys.reshape(P * n))
-        ids, logps = draw(logits, step_keys, rules.temperature, rules.top_p)
-        return ids.reshape(P, n), logps.reshape(P, n)
-
-    def record(state: _Loop, token: Array, logps: Array, slot: Array) -> _Loop:
-        live = ~state.ended
-        ids = jax.lax.dynamic_update_index_in_dim(
-            state.ids, jnp.where(live, token, 0), slot, axis=2
-        )
-        all_logps = jax.lax.dynamic_update_index_in_dim(
-            state.logps, jnp.where(live, logps, 0.0), slot, axis=2
-        )
-        stops = jnp.any(token[..., None] == stop_ids, axis=-1)
-        return state._replace(token=token, ended=state.ended | stops, ids=ids, logps=all_logps)
-
-    # Prefill.
-    def attend_prompt(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple]:
-        del layer
-        out = causal_attention(q, k, v, compute.attention)
+    def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        out = causal_attention(q, k, v, compute.attention, windows[layer])
         return out, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
     positions = jnp.broadcast_to(jnp.arange(S), (P, S))
+    known = jnp.broadcast_to(lengths[:, None], (P, S))
     with jax.named_scope("prefill"):
         hidden, prompt_cache = decode_layers(
-            config, compute, params, prompts, positions, attend_prompt
+            config, compute, params, prompts, positions, attend, known
         )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     last = jnp.broadcast_to(last, (P, n, last.shape[-1]))
-    token, logps = next_token(last, jnp.zeros((), jnp.int32))
-    cache_shape = (P, n, config.kv_heads, R, config.head_dim)
-    empty = _Loop(
+    empty = jnp.zeros((P, n, config.kv_heads, R, config.head_dim), compute.dtype)
+    state = Decoding(
         slot=jnp.zeros((), jnp.int32),
-        token=token,
+        token=jnp.zeros((P, n), jnp.int32),
         ended=jnp.zeros((P, n), bool),
         ids=jnp.zeros((P, n, R), jnp.int32),
         logps=jnp.zeros((P, n, R), jnp.float32),
-        cache=[
-            (jnp.zeros(cache_shape, compute.dtype), jnp.zeros(cache_shape, compute.dtype))
-            for _ in range(config.layers)
-        ],
+        cache=[(empty, empty) for _ in range(config.layers)],
+        prompt_cache=prompt_cache,
+        lengths=lengths,
+        keys=keys,
     )
-    state = record(empty, token, logps, jnp.zeros((), jnp.int32))
+    return _draw(rules, params, state, last, jnp.zeros((), jnp.int32))
 
-    # Decode: the token of slot t enters the cache at slot t and yields the token of slot t + 1.
-    def unfinished(state: _Loop) -> Array:
-        return (state.slot < R - 1) & ~jnp.all(state.ended)
 
-    def step(state: _Loop) -> _Loop:
+def decode(
+    config: DecoderConfig,
+    compute: Compute,
+    rules: Rules,
+    params: Params,
+    state: Decoding,
+    steps: int,
+) -> Decoding:
+    """Draws up to `steps` further tokens of every row; fewer where all rows have ended.
+
+    The token of slot t enters the cache at slot t and yields the token of slot t + 1.
+    """
+    P, n, R = state.ids.shape
+    last = jnp.minimum(state.slot + steps, R - 1)
+    windows = _windows(config)
+    # What never changes stays out of the loop's carry.
+    fixed = {"prompt_cache": state.prompt_cache, "lengths": state.lengths, "keys": state.keys}
+    nothing = {"prompt_cache": [], "lengths": (), "keys": ()}
+
+    def step(state: Decoding) -> Decoding:
+        state = state._replace(**fixed)
         cache = list(state.cache)
 
         def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, None]:
             K, H = k.shape[-2:]
-            keys_, values = cache[layer]
-            keys_ = jax.lax.dynamic_update_slice_in_dim(
-                keys_, k.reshape(P, n, K, 1, H), state.slot, axis=3
+            cache[layer] = tuple(  # type: ignore[assignment]
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, new.reshape(P, n, K, 1, H), state.slot, axis=3
+                )
+                for old, new in zip(cache[layer], (k, v), strict=True)
             )
-            values = jax.lax.dynamic_update_slice_in_dim(
-                values, v.reshape(P, n, K, 1, H), state.slot, axis=3
-            )
-            cache[layer] = (keys_, values)
-            prompt_keys, prompt_values = prompt_cache[layer]
             out = decode_attention(
                 q.reshape(P, n, *q.shape[-2:]),
-                prompt_keys,
-                prompt_values,
-                lengths,
-                keys_,
-                values,
+                *state.prompt_cache[layer],
+                state.lengths,
+                *cache[layer],
                 state.slot,
+                windows[layer],
             )
             return out.reshape(q.shape), None
 
-        at = jnp.broadcast_to(lengths[:, None] + state.slot, (P, n)).reshape(P * n, 1)
+        at = jnp.broadcast_to(state.lengths[:, None] + state.slot, (P, n)).reshape(P * n, 1)
         hidden, _ = decode_layers(
             config, compute, params, state.token.reshape(P * n, 1), at, attend
         )
         slot = state.slot + 1
-        token, logps = next_token(hidden, slot)
-        return record(state._replace(cache=cache), token, logps, slot)._replace(slot=slot)
+        state = _draw(rules, params, state._replace(cache=cache), hidden, slot)
+        return state._replace(**nothing)
 
-    state = jax.lax.while_loop(unfinished, step, state)
-    is_stop = jnp.any(state.ids[..., None] == stop_ids, axis=-1)
+    def unfinished(state: Decoding) -> Array:
+        return (state.slot < last) & ~jnp.all(state.ended)
+
+    state = jax.lax.while_loop(unfinished, step, state._replace(**nothing))
+    return state._replace(**fixed)
+
+
+def completions(rules: Rules, state: Decoding) -> Completions:
+    """What a batch has come to so far."""
+    is_stop = jnp.any(state.ids[..., None] == _stop_ids(rules), axis=-1)
     first_stop = jnp.argmax(is_stop, axis=-1)
     return Completions(
         ids=state.ids,
         logps=state.logps,
-        lengths=jnp.where(state.ended, first_stop + 1, R),
+        lengths=jnp.where(state.ended, first_stop + 1, state.slot + 1),
         stops=jnp.where(state.ended, STOPPED_BY_ID, STOPPED_AT_LENGTH),
+    )
+
+
+def _windows(config: DecoderConfig) -> list[int | None]:
+    kinds = config.kinds()
+    return [kinds[i].window for i in config.kind_ids()]
+
+
+def _stop_ids(rules: Rules) -> Array:
+    return jnp.array(rules.stop_ids, jnp.int32)
+
+
+def _draw(rules: Rules, params: Params, state: Decoding, hidden: Array, slot: Array) -> Decoding:
+    """Draws the token of a slot from final hidden states, and enters it for rows still going."""
+    P, n = state.token.shape
+    with jax.named_scope("head"):
+        logits = jnp.dot(
+            hidden.reshape(P * n, -1), params["head"], preferred_element_type=jnp.float32
+        )
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, slot))(state.keys.reshape(P * n))
+    token, logps = draw(logits, keys, rules.temperature, rules.top_p, rules.vocabulary)
+    token, logps = token.reshape(P, n), logps.reshape(P, n)
+    live = ~state.ended
+
+    def enter(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(old, new, slot, axis=2)
+
+    stops = jnp.any(token[..., None] == _stop_ids(rules), axis=-1)
+    return state._replace(
+        slot=slot,
+        token=token,
+        ended=state.ended | stops,
+        ids=enter(state.ids, jnp.where(live, token, 0)),
+        logps=enter(state.logps, jnp.where(live, logps, 0.0)),
     )

@@ -14,8 +14,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cipo_jax.data.batches import bucket, fixed_batches
+from cipo_jax.data.think import ThinkFormat
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.decode import STOPPED_BY_ID, Completions, Rules, generate
+from cipo_jax.sampling.decode import (
+    STOPPED_BY_ID,
+    Completions,
+    Decoding,
+    Rules,
+    completions,
+    decode,
+    generate,
+    prefill,
+)
 from cipo_jax.training.mesh import batch_sharding, decoding_shardings, replicated
 from cipo_jax.typing import Array, Params
 
@@ -39,6 +49,13 @@ class Completion(NamedTuple):
     ids: list[int]
     logps: list[float]
     stopped: bool
+
+
+def rules_of(
+    format: ThinkFormat, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+) -> Rules:
+    """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks."""
+    return Rules(max_new_tokens, format.stop_ids, temperature, top_p, len(format.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +100,7 @@ class Sampler:
         )
 
     def prepare(self, params: Params) -> Params:
-        """Training layout -> decoding layout, on this sampler's mesh."""
+        """Training layout (and adapters) -> decoding layout, on this sampler's mesh."""
         return self._prepare(params)
 
     def programs(self) -> int:
@@ -132,15 +149,58 @@ class Sampler:
         prompt_slots: int,
     ) -> list[list[Completion]]:
         """Completes one batch, its prompts padded to `prompt_slots`."""
-        prompts = np.zeros((len(batch), prompt_slots), np.int32)
-        for i, request in enumerate(batch):
-            prompts[i, : len(request.prompt)] = request.prompt
-        lengths = np.array([len(r.prompt) for r in batch], np.int32)
-        keys = _row_keys(key, np.array([r.item for r in batch], np.uint32), samples)
+        inputs = _inputs(batch, key, samples, prompt_slots)
         out: Completions = jax.device_get(
-            self._generate(self.config, self.compute, rules, params, prompts, lengths, keys)
+            self._generate(self.config, self.compute, rules, params, *inputs)
         )
         return [[_row(out, i, j) for j in range(samples)] for i in range(len(batch))]
+
+    def stream_tokens(
+        self, params: Params, request: Request, rules: Rules, key: Array, chunk: int = 8
+    ) -> Iterator[Completion]:
+        """Yields one completion as it grows, `chunk` tokens at a time; the last is the whole.
+
+        The next chunk is under way on the device while the present one is read. Its ids are those
+        that `run` gives.
+        """
+        (batch, _), *_ = self.batches([request])
+        inputs = _inputs(batch, key, 1, bucket(len(request.prompt)))
+        state: Decoding = self._prefill(self.config, self.compute, rules, params, *inputs)
+        while True:
+            now = self._so_far(rules, state)  # Before the state is donated.
+            state = self._decode(self.config, self.compute, rules, params, state, chunk)
+            completion = _row(jax.device_get(now), 0, 0)
+            yield completion
+            if completion.stopped or len(completion.ids) == rules.max_new_tokens:
+                return
+
+    @cached_property
+    def _prefill(self) -> Any:
+        by_row = batch_sharding(self.mesh)
+        return jax.jit(
+            prefill,
+            static_argnums=(0, 1, 2),
+            in_shardings=(self._shardings, by_row, by_row, by_row),
+        )
+
+    @cached_property
+    def _decode(self) -> Any:
+        return jax.jit(decode, static_argnums=(0, 1, 2, 5), donate_argnums=4)
+
+    @cached_property
+    def _so_far(self) -> Any:
+        return jax.jit(completions, static_argnums=0, out_shardings=replicated(self.mesh))
+
+
+def _inputs(
+    batch: Sequence[Request], key: Array, samples: int, prompt_slots: int
+) -> tuple[np.ndarray, np.ndarray, Array]:
+    """Padded prompts, their lengths, and the keys of their samples."""
+    prompts = np.zeros((len(batch), prompt_slots), np.int32)
+    for i, request in enumerate(batch):
+        prompts[i, : len(request.prompt)] = request.prompt
+    lengths = np.array([len(r.prompt) for r in batch], np.int32)
+    return prompts, lengths, _row_keys(key, np.array([r.item for r in batch], np.uint32), samples)
 
 
 def _row(out: Completions, i: int, j: int) -> Completion:

@@ -10,14 +10,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cipo_jax.errors import UserError
 from cipo_jax.typing import Params
 
 
 class Checkpoints:
-    """The checkpoints of one run. Phases are saved as {"params"} and, if kept, {"ema"}."""
+    """The checkpoints of one run. Phases are saved as {"params"} and, if kept, {"ema"}.
 
-    def __init__(self, root: str | Path):
+    With clean=False nothing in the folder is touched: the run may still be going on.
+    """
+
+    def __init__(self, root: str | Path, clean: bool = True):
         self.root = Path(root).absolute()
+        if not clean:
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         # What a killed process was in the middle of writing.
         for left in self.root.glob("**/*orbax-checkpoint-tmp*"):
@@ -54,6 +60,28 @@ class Checkpoints:
         """Restores the state after `step` steps into the given shapes and shardings."""
         return self._load(self._steps(name) / f"{step:08d}", abstract)
 
+    def choose(self, name: str = "") -> tuple[str, int | None]:
+        """A phase to export: the named one, or the last; and the step, where it is not finished.
+
+        Raises:
+          UserError: where there is no such phase, or none at all.
+        """
+        finished = {p.name: None for p in self.root.glob("*") if p.is_dir() and "." not in p.name}
+        running = {p.name.removesuffix(".steps") for p in self.root.glob("*.steps")}
+        started = {n: self.latest_step(n) for n in running if self.latest_step(n) is not None}
+        phases = started | finished
+        last = max(finished or started, key=lambda n: (n != "warmup", n), default="")
+        chosen = name or last
+        if chosen not in phases:
+            there = ", ".join(sorted(phases)) or "none yet"
+            raise UserError(f"{self.root}: no phase {name!r}; there: {there}")
+        return chosen, phases[chosen]
+
+    def load_params(self, name: str, step: int | None, abstract: Params) -> Params:
+        """The parameters alone, of a phase's end or of one of its steps."""
+        path = self.root / name if step is None else self._steps(name) / f"{step:08d}"
+        return self._load(path, {"params": abstract}, partial=True)["params"]
+
     def _steps(self, name: str) -> Path:
         return self.root / f"{name}.steps"
 
@@ -68,7 +96,11 @@ class Checkpoints:
         ocp.save(str(path), state, overwrite=True)
 
     @staticmethod
-    def _load(path: Path, abstract: Any) -> Any:
+    def _load(path: Path, abstract: Any, partial: bool = False) -> Any:
         from orbax.checkpoint import v1 as ocp
 
-        return ocp.load(str(path), abstract)
+        options = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=partial)
+        )
+        with ocp.Context(pytree_options=options):
+            return ocp.load(str(path), abstract)

@@ -27,6 +27,7 @@ def run_phase(
     on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     on_save: Callable[[], None] = lambda: None,
     stop_asked: Callable[[], bool] = lambda: False,
+    frozen: Params | None = None,
 ) -> dict[str, Params] | None:
     """Optimises parameters for `steps` steps, going on from the phase's last checkpoint.
 
@@ -44,6 +45,7 @@ def run_phase(
       on_step: called with the number of steps done and the metrics of the last of them.
       on_save: called after each checkpoint.
       stop_asked: asked after every step; if true the state is saved and None returned.
+      frozen: the base of adapters; None where all parameters are trained.
 
     Returns:
       What the phase ends with, in the form of `start`; None if it was asked to stop.
@@ -77,7 +79,7 @@ def run_phase(
         on_step(step, values)
 
     while done < steps:
-        state, metrics = update(state, trainer.put(batch_at(done)))
+        state, metrics = update(state, frozen or {}, trainer.put(batch_at(done)))
         settle()
         done += 1
         pending = (done, metrics)

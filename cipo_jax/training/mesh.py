@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.errors import UserError
-from cipo_jax.models.decoder import DecoderConfig, abstract_params
 from cipo_jax.typing import Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,8 +26,18 @@ _RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/.*/[qkv]/bias$", PartitionSpec(None, "tensor", None)),
     (r"layers/.*/o/kernel$", PartitionSpec(None, "tensor", None, "fsdp")),
     (r"layers/.*/(gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers/.*/(gate|up)/bias$", PartitionSpec(None, "tensor")),
     (r"layers/.*/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers/.*/(o|down)/bias$", PartitionSpec(None, "fsdp")),
     (r"scale$", PartitionSpec()),
+    # Adapters: what meets an activation is split as it is, ranks never are.
+    (r"layers/.*/[qkv]/a$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/.*/[qkv]/b$", PartitionSpec(None, None, "tensor", None)),
+    (r"layers/.*/o/a$", PartitionSpec(None, "tensor", None, None)),
+    (r"layers/.*/(gate|up)/a$", PartitionSpec(None, "fsdp", None)),
+    (r"layers/.*/(gate|up)/b$", PartitionSpec(None, None, "tensor")),
+    (r"layers/.*/down/a$", PartitionSpec(None, "tensor", None)),
+    (r"layers/.*/(o|down)/b$", PartitionSpec(None, None, "fsdp")),
 )
 
 
@@ -80,6 +89,14 @@ def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec
         spec = next((spec for rule, spec in rules if re.search(rule, name)), None)
         if spec is None:
             raise KeyError(f"no sharding rule matches parameter {name!r}")
+        if name.endswith(("embed", "head")):
+            # A vocabulary may have any size: where it does not divide it is not split.
+            spec = PartitionSpec(
+                *(
+                    None if axis == "tensor" and size % mesh.shape[axis] else axis
+                    for size, axis in zip(leaf.shape, spec, strict=True)
+                )
+            )
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
@@ -99,7 +116,9 @@ _DECODING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/.*/[qkv]/bias$", PartitionSpec("tensor", None)),
     (r"layers/.*/o/kernel$", PartitionSpec("tensor", None, None)),
     (r"layers/.*/(gate|up)/kernel$", PartitionSpec(None, "tensor")),
+    (r"layers/.*/(gate|up)/bias$", PartitionSpec("tensor")),
     (r"layers/.*/down/kernel$", PartitionSpec("tensor", None)),
+    (r"layers/.*/(o|down)/bias$", PartitionSpec()),
     (r"scale$", PartitionSpec()),
 )
 
@@ -109,9 +128,8 @@ def decoding_shardings(params: Params, mesh: Mesh) -> Params:
     return _shardings(params, mesh, _DECODING_RULES)
 
 
-def abstract_on(mesh: Mesh, config: DecoderConfig) -> Params:
-    """Shapes, dtypes and shardings of a model's parameters on a mesh, without making them."""
-    abstract = abstract_params(config)
+def abstract_on(mesh: Mesh, abstract: Params) -> Params:
+    """Shapes, dtypes and shardings of parameters or adapters on a mesh, without making them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,

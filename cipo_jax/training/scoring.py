@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cipo_jax.data.batches import Encoded, Shape, bucket, collate, fixed_batches
-from cipo_jax.models.decoder import abstract_params
-from cipo_jax.training.mesh import batch_sharding, param_shardings, replicated
+from cipo_jax.training.mesh import batch_sharding, replicated
 from cipo_jax.training.step import Policy
 from cipo_jax.typing import Params
 
@@ -32,10 +31,9 @@ class Scorer:
 
     @cached_property
     def _logps(self) -> Any:
-        params = param_shardings(abstract_params(self.policy.config), self.mesh)
         return jax.jit(
             self.policy.completion_logps,
-            in_shardings=(params, batch_sharding(self.mesh)),
+            in_shardings=(None, batch_sharding(self.mesh)),  # The parameters stay where they are.
             out_shardings=replicated(self.mesh),
         )
 
@@ -45,7 +43,7 @@ class Scorer:
         """Log-probability of each token of each completion, in nats.
 
         Args:
-          params: training layout.
+          params: training layout, or with adapters; see `models.decoder.hidden_states`.
           rows: prompts and completions.
           shape: padded sizes; one shape for all calls means one compilation.
         """

@@ -17,12 +17,15 @@ from cipo_jax.models.decoder import (
     head_matrix,
     hidden_states,
 )
+from cipo_jax.models.lora import Lora, abstract_adapters, assemble
 from cipo_jax.ops.token_logps import token_logps
 from cipo_jax.training.mesh import batch_sharding, param_shardings, replicated
 from cipo_jax.typing import Array, Float, Params
 
 Metrics = dict[str, Array]
-State = dict[str, Any]  # {"params", "opt_state", "step"} and, where a reference wants it, "ema".
+# {"params", "opt_state", "step"} and, where a reference wants it, "ema". "params" is what is
+# trained: all parameters, or the adapters.
+State = dict[str, Any]
 Batch = dict[str, Any]  # Named groups of `data.batches.Sequences`, and per-row arrays.
 
 
@@ -38,7 +41,10 @@ class Policy:
 
         Only the positions that predict completion tokens reach the head.
         """
-        hidden = hidden_states(self.config, self.compute, params, sequences.tokens)
+        # Of a dynamic rope: a sampler computes the prompt at once, then a token at a time.
+        T = sequences.tokens.shape[1]
+        known = jnp.maximum(sequences.starts[:, None], jnp.arange(1, T + 1))
+        hidden = hidden_states(self.config, self.compute, params, sequences.tokens, known)
         C = sequences.completions.shape[1]
         at = sequences.starts[:, None] - 1 + jnp.arange(C)
         at = jnp.clip(at, 0, sequences.tokens.shape[1] - 1)
@@ -66,6 +72,8 @@ class Trainer:
       mesh: where everything lies.
       accumulation: micro-batches that a step's batch is cut into.
       ema_decay: decay of the exponential moving average of the parameters; None for none.
+      lora: the adapters that are trained beside a frozen base; None trains all parameters.
+      seed: of the adapters' dropout.
     """
 
     policy: Policy
@@ -74,10 +82,17 @@ class Trainer:
     mesh: Mesh
     accumulation: int = 1
     ema_decay: float | None = None
+    lora: Lora | None = None
+    seed: int = 0
+
+    def abstract_trained(self) -> Params:
+        """Shapes of what is trained."""
+        config = self.policy.config
+        return abstract_adapters(config, self.lora) if self.lora else abstract_params(config)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state, without making it."""
-        params = abstract_params(self.policy.config)
+        params = self.abstract_trained()
         shardings = param_shardings(params, self.mesh)
         everywhere = replicated(self.mesh)
 
@@ -130,19 +145,29 @@ class Trainer:
         """Places a batch of numpy arrays on the mesh, rows over data and fsdp."""
         return jax.device_put(batch, batch_sharding(self.mesh))
 
-    def make_update(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    def make_update(self) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
         """The jitted update. State goes in donated and comes out with the same shardings."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        frozen = (
+            param_shardings(abstract_params(self.policy.config), self.mesh) if self.lora else {}
+        )
         return jax.jit(
             self.update,
             donate_argnums=0,
-            in_shardings=(shardings, batch_sharding(self.mesh)),
+            in_shardings=(shardings, frozen, batch_sharding(self.mesh)),
             out_shardings=(shardings, replicated(self.mesh)),
         )
 
-    def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        """One optimizer step on one batch; pure."""
-        gradients, metrics = self._gradients(state["params"], batch)
+    def update(self, state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
+        """One optimizer step on one batch; pure.
+
+        Args:
+          state: what is trained, and the optimizer's.
+          frozen: the base that adapters stand beside; {} where all parameters are trained.
+          batch: what the objective takes.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), state["step"])
+        gradients, metrics = self._gradients(state["params"], frozen, batch, key)
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(
                 gradients, state["opt_state"], state["params"]
@@ -153,16 +178,19 @@ class Trainer:
             new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - self.ema_decay)
         return new, metrics | {"grad_norm": optax.global_norm(gradients)}
 
-    def _gradients(self, params: Params, batch: Batch) -> tuple[Params, Metrics]:
+    def _gradients(
+        self, trained: Params, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[Params, Metrics]:
         """Mean gradient and metrics over the micro-batches."""
 
-        def loss_fn(params: Params, batch: Batch) -> tuple[Array, Metrics]:
+        def loss_fn(trained: Params, batch: Batch) -> tuple[Array, Metrics]:
+            params = assemble(self.lora, frozen, trained, key)
             loss, metrics = self.objective(self.policy, params, batch)
             return loss, metrics | {"loss": loss}
 
         grad = jax.grad(loss_fn, has_aux=True)
         if self.accumulation == 1:
-            return grad(params, batch)
+            return grad(trained, batch)
 
         n = self.accumulation
         # Row i goes to micro-batch i % n, so that every micro-batch spans all of the mesh's rows.
@@ -171,10 +199,10 @@ class Trainer:
         )
 
         def body(total: Any, rows: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda a, b: a + b / n, total, grad(params, rows)), None
+            return jax.tree.map(lambda a, b: a + b / n, total, grad(trained, rows)), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, first)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, first)
         )
         return jax.lax.scan(body, zero, micro)[0]

@@ -4,8 +4,10 @@
 once, whole, and a run that is killed anywhere goes on where it was.
 """
 
+import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax.monitoring
@@ -15,11 +17,12 @@ from cipo_jax.data.batches import Encoded, shape_of
 from cipo_jax.evals.evaluate import Scores
 from cipo_jax.evals.fluency import fact_tokens, nonfact_logp
 from cipo_jax.evals.leakage import share
+from cipo_jax.models import lora as adapters
+from cipo_jax.models.decoder import merged
 from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.training.loop import run_phase
-from cipo_jax.training.mesh import abstract_on
 from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Objective, Trainer
+from cipo_jax.training.step import Objective, Policy, Trainer
 from cipo_jax.typing import Params
 from cipo_jax.unlearning import preferences
 from cipo_jax.unlearning.counterfactuals import make_counterfactuals
@@ -100,6 +103,25 @@ def _iteration(number: int) -> str:
     return f"iteration-{number:02d}"
 
 
+def training_policy(engine: Engine) -> Policy:
+    """The scorer's policy, with the adapters' dropout."""
+    policy = engine.scorer.policy
+    dropout = engine.lora.dropout if engine.lora else 0.0
+    compute = dataclasses.replace(policy.compute, lora_dropout=dropout)
+    return dataclasses.replace(policy, compute=compute)
+
+
+def export(engine: Engine, trained: Params, form: str, folder: Path) -> None:
+    """Writes what is trained as a Hugging Face folder ("export"), or in PEFT's form ("adapter")."""
+    if form == "adapter":
+        assert engine.lora is not None
+        base = engine.config.model.path
+        adapters.save_adapters(folder, engine.model.config, engine.lora, trained, base)
+        return
+    params = merged(engine.assemble(trained))
+    engine.model.save(folder, params, engine.config.model.export_dtype)
+
+
 class _CompilationCount:
     """Counts the programs that XLA compiles in this process."""
 
@@ -130,10 +152,14 @@ class _Run:
             self._weights, self._name = self._load(name), name
         return self._weights
 
+    def model(self, name: str) -> Params:
+        """The model that a phase ended with, as the sampler and the scorer take it."""
+        return self.engine.assemble(self.weights(name)["params"])
+
     def _load(self, name: str) -> Weights:
         if name == "start":
-            return {"params": self.engine.load_params()}
-        params = abstract_on(self.engine.mesh, self.engine.model.config)
+            return {"params": self.engine.start()}
+        params = self.engine.abstract_trained()
         abstract = {"params": params}
         if self._keeps_ema and name != "warmup":
             abstract["ema"] = params
@@ -160,7 +186,7 @@ class _Run:
             rows, scores = engine.evaluate(
                 name,
                 f"evaluation {name}",
-                self.weights(phase)["params"],
+                self.model(phase),
                 splits.for_evaluation(),
             )
             engine.folder.write_rows(f"evals/{name}.jsonl", rows)
@@ -173,7 +199,7 @@ class _Run:
         folder = self.engine.folder
 
         def make() -> Row:
-            rows = make_counterfactuals(self.engine, self.weights("start")["params"])
+            rows = make_counterfactuals(self.engine, self.model("start"))
             folder.write_rows("counterfactuals.jsonl", rows)
             without = [row["question"] for row in rows if not row["accepted"]]
             drawn = sum(row["accepted"] + len(row["rejected"]) for row in rows)
@@ -205,7 +231,7 @@ class _Run:
         file = f"iterations/{iteration:02d}/rollouts.jsonl"
 
         def make() -> Row:
-            params = self.weights(self._before(iteration))["params"]
+            params = self.model(self._before(iteration))
             rows = preferences.draw_rollouts(self.engine, params, counterfactuals, iteration)
             self.engine.folder.write_rows(file, rows)
             return {
@@ -225,9 +251,10 @@ class _Run:
             rollouts = self.engine.folder.read_rows(f"iterations/{iteration:02d}/rollouts.jsonl")
             pairs = preferences.make_pairs(counterfactuals, rollouts, settings.reject)
             if settings.loss != "simpo":
-                phase = "warmup" if settings.reference == "initial" else self._before(iteration)
+                fixed = {"base": "start", "initial": "warmup"}
+                phase = fixed.get(settings.reference, self._before(iteration))
                 weights = self.weights(phase)
-                params = weights.get("ema", weights["params"])
+                params = self.engine.assemble(weights.get("ema", weights["params"]))
                 pairs = preferences.with_reference_logps(self.engine, params, pairs, phase)
             self.engine.folder.write_rows(file, pairs)
 
@@ -255,7 +282,7 @@ class _Run:
             rows, scores = engine.evaluate(
                 f"{_iteration(iteration)}/validate",
                 f"iteration {iteration}: validation",
-                self.weights(_iteration(iteration))["params"],
+                self.model(_iteration(iteration)),
                 splits.for_validation(),
             )
             del rows
@@ -289,7 +316,7 @@ class _Run:
         path = engine.config.model.retrained
         if not path:
             return None
-        retrained = ReasoningModel.open(path)
+        retrained = ReasoningModel.open(path, engine.config.think)
         never_saw = retrained.never_saw()
         if never_saw is not None and set(never_saw) != splits.forgotten_people:
             engine.reporter.line(
@@ -301,7 +328,7 @@ class _Run:
             rows, scores = engine.evaluate(
                 "retrained",
                 "evaluation retrained",
-                engine.load_params(retrained),
+                engine.load_model(retrained),
                 splits.for_evaluation(),
                 retrained,
             )
@@ -315,7 +342,7 @@ class _Run:
         engine = self.engine
 
         def make() -> Row:
-            params = self.weights("start")["params"]
+            params = self.model("start")
             result = {}
             for name in ("before", "after"):
                 said = [
@@ -337,14 +364,16 @@ class _Run:
         return engine.folder.once("fluency", make)
 
     def export(self, phase: str) -> None:
-        """export/: the unlearned model as a Hugging Face folder."""
+        """export/: the unlearned model as a Hugging Face folder; adapter/: its adapters, if any."""
+        folder, outputs = self.engine.folder, ["export"]
+        if self.engine.lora:
+            outputs.append("adapter")
 
         def make() -> None:
-            params = self.weights(phase)["params"]
-            dtype = self.engine.config.model.export_dtype
-            self.engine.model.save(self.engine.folder.path / "export", params, dtype)
+            for output in outputs:
+                export(self.engine, self.weights(phase)["params"], output, folder.path / output)
 
-        self.engine.folder.once("export", make, ["export"])
+        folder.once("export", make, outputs)
 
     # Training.
 
@@ -356,12 +385,14 @@ class _Run:
         self, settings: TrainConfig, objective: Objective, steps: int, ema: bool
     ) -> tuple[Trainer, Any]:
         trainer = Trainer(
-            self.engine.scorer.policy,
+            training_policy(self.engine),
             objective,
             make_optimizer(settings, steps),
             self.engine.mesh,
             settings.accumulation,
             self.engine.config.cipo.ema_decay if ema else None,
+            self.engine.lora,
+            self.engine.config.seed,
         )
         return trainer, trainer.make_update()
 
@@ -413,6 +444,7 @@ class _Run:
                 on_step,
                 engine.folder.saved,
                 lambda: engine.folder.stop_asked,
+                engine.frozen,
             )
         if weights is None:
             engine.folder.stop_if_asked()

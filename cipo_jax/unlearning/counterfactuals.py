@@ -15,7 +15,7 @@ from cipo_jax.data.batches import Encoded, shape_of
 from cipo_jax.data.examples import Example, mentions, normalised_words
 from cipo_jax.errors import UserError
 from cipo_jax.sampling.decode import Rules
-from cipo_jax.sampling.sampler import Request
+from cipo_jax.sampling.sampler import Request, rules_of
 from cipo_jax.typing import Params
 from cipo_jax.unlearning.engine import Engine
 from cipo_jax.unlearning.run_folder import Row
@@ -89,12 +89,8 @@ def _requests(engine: Engine, items: Sequence[_Item], prompts: Sequence[str]) ->
 
 def _rules(engine: Engine) -> Rules:
     settings = engine.config.counterfactual
-    return Rules(
-        engine.config.sampling.max_new_tokens,
-        (engine.model.format.eos_id,),
-        settings.temperature,
-        settings.top_p,
-    )
+    limit = engine.config.sampling.max_new_tokens
+    return rules_of(engine.model.format, limit, settings.temperature, settings.top_p)
 
 
 def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], attempt: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import jax
 from jax.sharding import Mesh
@@ -14,8 +15,11 @@ from cipo_jax.data.splits import Splits, load_splits
 from cipo_jax.errors import UserError
 from cipo_jax.evals import evaluate
 from cipo_jax.evals.evaluate import Scores
+from cipo_jax.models import lora as adapters
 from cipo_jax.models.decoder import abstract_params
-from cipo_jax.models.reasoning_model import ReasoningModel, compute_of
+from cipo_jax.models.hub import resolve
+from cipo_jax.models.lora import Lora
+from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
 from cipo_jax.progress import Reporter
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, Sampler
@@ -43,6 +47,7 @@ class Engine:
     Attributes:
       config: every setting.
       model: shape, format and folder of the model to be unlearned.
+      lora: the adapters that are trained; None trains all parameters.
       splits: the data.
       mesh: the devices.
       sampler: for rollouts and counterfactuals.
@@ -56,6 +61,7 @@ class Engine:
 
     config: Config
     model: ReasoningModel
+    lora: Lora | None
     splits: Splits
     mesh: Mesh
     sampler: Sampler
@@ -69,20 +75,26 @@ class Engine:
     @classmethod
     def open(cls, config: Config, workdir: str, reporter: Reporter) -> "Engine":
         """Reads the model's shape and the data, and opens the run folder. No weights yet."""
-        model = ReasoningModel.open(config.model.path)
+        model = ReasoningModel.open(config.model.path, config.think)
+        lora = adapters.lora_of(config.lora)
         splits = load_splits(config)
         data = {name: [example_row(e) for e in rows] for name, rows in splits.named()}
         digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
-        abstract_on(mesh, model.config)  # Raises early where the mesh does not fit the model.
+        # Raises early where the mesh does not fit the model.
+        param_shardings(abstract_params(model.config), mesh)
         _check_batches(config, mesh)
         _check_lengths(config, model, splits)
-        folder = RunFolder(workdir, config, f"{model.fingerprint()}:{digest:08x}")
+        made_from = f"{model.fingerprint()}:{digest:08x}"
+        if config.lora.path:
+            made_from += f":{fingerprint(resolve(config.lora.path))}"
+        folder = RunFolder(workdir, config, made_from)
         decoding = compute_of(config.model, decoding=True)
         policy = Policy(model.config, compute_of(config.model))
         return cls(
             config=config,
             model=model,
+            lora=lora,
             splits=splits,
             mesh=mesh,
             sampler=Sampler(model.config, decoding, mesh, config.sampling.rows),
@@ -98,10 +110,40 @@ class Engine:
         """A key addressed by the run's seed and these names."""
         return address(self.config.seed, *names)
 
-    def load_params(self, model: ReasoningModel | None = None) -> Params:
-        """The weights of a model (by default the one to be unlearned), sharded for training."""
-        model = model or self.model
+    def load_model(self, model: ReasoningModel) -> Params:
+        """The weights of a model, sharded for training."""
         return model.load_params(param_shardings(abstract_params(model.config), self.mesh))
+
+    @cached_property
+    def frozen(self) -> Params:
+        """The base that adapters stand beside, in the dtype of the computation; {} without them."""
+        if self.lora is None:
+            return {}
+        shardings = param_shardings(abstract_params(self.model.config), self.mesh)
+        return self.model.load_params(shardings, self.config.model.dtype)
+
+    def abstract_trained(self) -> Params:
+        """Shapes, dtypes and shardings of what is trained: all parameters, or the adapters."""
+        config = self.model.config
+        shapes = (
+            adapters.abstract_adapters(config, self.lora) if self.lora else abstract_params(config)
+        )
+        return abstract_on(self.mesh, shapes)
+
+    def start(self) -> Params:
+        """What is trained, as it is before training."""
+        if self.lora is None:
+            return self.load_model(self.model)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_trained())
+        path = self.config.lora.path
+        if path:
+            return adapters.load_adapters(resolve(path), self.model.config, self.lora, shardings)
+        fresh = adapters.init_adapters(self.model.config, self.lora, self.key("adapters"))
+        return jax.device_put(fresh, shardings)
+
+    def assemble(self, trained: Params) -> Params:
+        """The model that the sampler and the scorer take, from what is trained."""
+        return adapters.assemble(self.lora, self.frozen, trained)
 
     def sample_rows(
         self,
@@ -118,7 +160,7 @@ class Engine:
         Args:
           part: where partial results are kept; see `RunFolder.in_parts`.
           title: of the bar.
-          params: training layout.
+          params: from `assemble`.
           requests: prompts and item ids.
           rules: how to draw.
           key: addressed by the caller.

@@ -9,8 +9,7 @@ import numpy as np
 from cipo_jax.config import TrainConfig
 from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
 from cipo_jax.data.examples import Example, mentions
-from cipo_jax.sampling.decode import Rules
-from cipo_jax.sampling.sampler import Request
+from cipo_jax.sampling.sampler import Request, rules_of
 from cipo_jax.training.step import Batch
 from cipo_jax.typing import Params
 from cipo_jax.unlearning.engine import Engine
@@ -27,11 +26,8 @@ def draw_rollouts(
 ) -> list[Row]:
     """What the current model says to each forget question that has a counterfactual."""
     settings = engine.config.sampling
-    rules = Rules(
-        settings.max_new_tokens,
-        (engine.model.format.eos_id,),
-        settings.temperature,
-        settings.top_p,
+    rules = rules_of(
+        engine.model.format, settings.max_new_tokens, settings.temperature, settings.top_p
     )
     requests = [
         Request(engine.model.format.prompt_ids(row["question"]), row["item"])

@@ -119,7 +119,7 @@ def runs(request):
         states.append(_copy(state))
         for step in range(3):
             old = jax.tree.leaves(state)
-            state, m = update(state, trainer.put(_batch(step, request.param)))
+            state, m = update(state, {}, trainer.put(_batch(step, request.param)))
             donated.append([x.is_deleted() for x in old])
             states.append(_copy(state))
             metrics.append({k: float(v) for k, v in m.items()})
@@ -229,7 +229,7 @@ def test_the_real_optimizer_has_a_placed_and_donated_state_on_a_mesh():
     state = trainer.init(_params(trainer.policy.config))
     for _ in range(2):
         old = state
-        state, _ = update(state, trainer.put({"x": np.ones(8, np.float32)}))
+        state, _ = update(state, {}, trainer.put({"x": np.ones(8, np.float32)}))
         assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert jax.tree.all(
@@ -249,7 +249,7 @@ def _stepper(objective, accumulation=1, mesh=None):
     update = trainer.make_update()
 
     def step(batch):
-        state, metrics = update(trainer.init(_params()), trainer.put(batch))
+        state, metrics = update(trainer.init(_params()), {}, trainer.put(batch))
         gradient = jax.tree.map(lambda a, b: a - np.asarray(b), _params(), state["params"])
         return gradient, {k: float(v) for k, v in metrics.items()}
 
@@ -375,7 +375,7 @@ def test_identical_pairs_have_no_preference_gradient(loss):
     def norm(batch):
         if loss == "simpo":
             batch.pop("ref")
-        _, metrics = update(trainer.init(_params()), trainer.put(batch))
+        _, metrics = update(trainer.init(_params()), {}, trainer.put(batch))
         return float(metrics["grad_norm"])
 
     batch = _batch(0, kept=())
@@ -392,7 +392,7 @@ def test_identical_pairs_have_no_preference_gradient(loss):
     [
         pytest.param({}, id="tied"),
         pytest.param(
-            {"tied_head": False, "qkv_bias": True, "qk_norm": True}, id="untied-bias-norm"
+            {"tied_head": False, "qkv_bias": True, "qk_norm": "head"}, id="untied-bias-norm"
         ),
     ],
 )
@@ -484,7 +484,7 @@ def test_logits_of_all_tokens_never_exist_in_an_update(real_compilation):
             make_optimizer(TrainConfig(), 10),
             _one(),
         )
-        lowered = trainer.make_update().lower(trainer.abstract_state(), batch)
+        lowered = trainer.make_update().lower(trainer.abstract_state(), {}, batch)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     everything = 2 * pairs * total * vocab * 4

@@ -11,7 +11,7 @@ import pytest
 
 from cipo_jax.data import tiny_world
 from cipo_jax.data.examples import example_row
-from cipo_jax.models.safetensors_io import resolve
+from cipo_jax.models.hub import resolve
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
