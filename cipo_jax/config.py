@@ -318,6 +318,30 @@ def default_config() -> ConfigDict:
     return to_config_dict(Config())
 
 
+def long_reasoning_config() -> ConfigDict:
+    """Where configs of models with long chains of thought start: bfloat16, lengths, batches."""
+    config = default_config()
+    config.data.world = config.model.retrained = ""
+    config.model.dtype = config.model.decode_dtype = config.model.export_dtype = "bfloat16"
+    config.data.max_prompt_tokens = 512
+    config.data.max_completion_tokens = 2048
+    config.sampling.max_new_tokens = 1024
+    config.sampling.temperature = 1.0
+    config.sampling.rows = 64
+    config.eval.max_new_tokens = 2048
+    config.eval.rows = 64
+    # What DeepSeek recommends for its R1 models.
+    config.counterfactual.temperature = 0.6
+    config.counterfactual.top_p = 0.95
+    for phase in (config.warmup, config.train):
+        phase.batch = phase.retain_batch = phase.reasoning_batch = 32
+        phase.accumulation = 4
+        phase.weight_decay = 0.01
+    config.warmup.epochs = 3.0
+    config.cipo.iterations = 5
+    return config
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys -> values, of dataclasses, ConfigDicts or plain dicts."""
     if dataclasses.is_dataclass(config):

@@ -36,11 +36,11 @@ def arm(place, count):
             return in_parts(self, name, batches, deadly, *args)
 
         RunFolder.in_parts = patched
-    elif place == "update":
-        put = Trainer.put
+    elif place in ("update", "warm-up"):
+        put, group = Trainer.put, "pairs" if place == "update" else "chosen"
 
         def patched_put(self, batch):
-            if "pairs" in batch and here():
+            if group in batch and here():
                 die()
             return put(self, batch)
 

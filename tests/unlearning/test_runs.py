@@ -307,7 +307,10 @@ def test_the_other_commands(whole, tmp_path, command):
         assert (tmp_path / "out" / "model.safetensors").is_file()
         assert exported(whole).keys() == exported(tmp_path / "out", "").keys()
     elif command == "sample":
-        assert "91" in done.stdout and "</think>" in done.stdout
+        thought, _, answer = done.stdout.partition("\n[answers] ")
+        assert thought.startswith("[thinks] ") and "34" in thought
+        assert "91" in answer
+        assert "tok/s" in done.stderr
     else:
         scores = json.loads((tmp_path / "out" / "scores.json").read_text())
         summary = json.loads((whole / "summary.json").read_text())
@@ -321,3 +324,101 @@ def test_export_of_a_phase_that_is_not_there_names_those_that_are(whole, tmp_pat
     )  # fmt: skip
     assert refused.returncode == 2
     assert "iteration-77" in refused.stderr and "warmup" in refused.stderr
+
+
+def command(*arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "cipo_jax", *arguments],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **more,
+    )  # fmt: skip
+
+
+LORA = ("--config.lora.rank=4", "--config.lora.dropout=0.1", "--config.cipo.reference=base")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A run that trains adapters, killed in the warm-up and in an iteration, and gone on with."""
+    workdir = tmp_path_factory.mktemp("adapted") / "run"
+    killed = start(workdir, *LORA, place="warm-up", count=5)
+    assert killed.returncode == -9, killed.stderr
+    early = command("export", f"--workdir={workdir}", "--form=adapter", f"--out={workdir}/early")
+    assert early.returncode == 0, early.stderr
+    assert "the adapters of warmup after 4 steps" in early.stdout
+    killed = start(workdir, *LORA, place="update", count=4)
+    assert killed.returncode == -9, killed.stderr
+    done = start(workdir, *LORA)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_that_was_killed_ends_in_the_same_bits(adapted, tmp_path):
+    assert start(tmp_path / "run", *LORA).returncode == 0
+    for folder, name in (("export", "model"), ("adapter", "adapter_model")):
+        file = Path(folder) / f"{name}.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (adapted / file).read_bytes()
+
+
+def test_adapters_alone_are_trained_and_kept(adapted):
+    def size(folder):
+        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    model = size(resolve("asset:tiny_lrm/target"))
+    for phase in ("warmup", "iteration-02"):
+        assert size(adapted / "checkpoints" / phase) < model / 4
+    pairs = [json.loads(line) for line in (adapted / "iterations/02/pairs.jsonl").open()]
+    assert {p["reference"] for p in pairs} == {"start"}
+    logs = [json.loads(line) for line in (adapted / "metrics.jsonl").open()]
+    assert logs[0]["nll/chosen"] > 1.5 * logs[-1]["nll/chosen"]
+
+
+def test_the_export_is_the_base_with_the_adapters_worked_into_it(adapted):
+    import jax
+
+    from cipo_jax.models.lora import load_adapters, merge, read_lora
+    from cipo_jax.models.reasoning_model import ReasoningModel
+
+    base = ReasoningModel.open("asset:tiny_lrm/target")
+    lora = read_lora(adapted / "adapter")
+    assert (lora.rank, lora.dropout) == (4, 0.1)
+    wanted = merge(lora, base.load_params(), load_adapters(adapted / "adapter", base.config, lora))
+    found = ReasoningModel.open(str(adapted / "export")).load_params()
+    # Summed in one program there and in several here.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, wanted)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), found, base.load_params())
+    assert moved["layers"]["block"]["q"]["kernel"] > 1e-4 and moved["embed"] == 0.0
+
+
+def test_peft_opens_the_adapters_of_a_run(adapted):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        resolve("asset:tiny_lrm/target"), dtype=torch.float32
+    )
+    model = peft.PeftModel.from_pretrained(base, adapted / "adapter").eval()
+    whole = AutoModelForCausalLM.from_pretrained(adapted / "export", dtype=torch.float32).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        one, two = model(ids).logits, whole(ids).logits
+    assert torch.allclose(one, two, atol=1e-3)
+
+
+def test_adapters_go_on_from_a_folder_and_are_sampled_from(adapted, tmp_path):
+    flags = ("--config=configs/quickstart.py", f"--config.lora.path={adapted / 'adapter'}")
+    question = json.loads((adapted / "evals" / "after.jsonl").open().readline())["question"]
+    asked = command("sample", *flags, "--config.sampling.temperature=0.0",
+                    input=f"{question}\n")  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    row = json.loads((adapted / "evals" / "after.jsonl").open().readline())
+    assert asked.stdout.split("[answers] ")[-1].strip() == row["answer"]
+    wrong = command("sample", *flags, "--config.lora.rank=5", "--question=?")
+    assert wrong.returncode == 2 and "have rank 4" in wrong.stderr
+
+
+def test_a_run_without_adapters_has_none_to_export(whole, tmp_path):
+    refused = command("export", f"--workdir={whole}", "--form=adapter", f"--out={tmp_path / 'x'}")
+    assert refused.returncode == 2
+    assert "it has no adapters" in refused.stderr and refused.stderr.count("\n") == 1
