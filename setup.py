@@ -19,9 +19,10 @@ setup(
     package_data={"cipo_jax": ["py.typed", "assets/tiny_lrm/*.json", "assets/tiny_lrm/*/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "datasets>=3.0",
+        "datasets>=4.0",
         "flax>=0.12",
         "grain>=0.2.12",
+        "huggingface-hub>=0.30",
         "jax>=0.10",
         "jaxtyping>=0.3",
         "jinja2>=3.1",

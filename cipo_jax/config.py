@@ -320,7 +320,7 @@ def default_config() -> ConfigDict:
 
 def long_reasoning_config() -> ConfigDict:
     """Where configs of models with long chains of thought start: bfloat16, lengths, batches."""
-    config = default_config()
+    config: Any = default_config()
     config.data.world = config.model.retrained = ""
     config.model.dtype = config.model.decode_dtype = config.model.export_dtype = "bfloat16"
     config.data.max_prompt_tokens = 512

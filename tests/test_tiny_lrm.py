@@ -7,8 +7,8 @@ from cipo_jax.data import tiny_world
 from cipo_jax.data.examples import mentions
 from cipo_jax.evals.leakage import judge, share
 from cipo_jax.models.decoder import Compute
-from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.models.hub import resolve
+from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, Sampler
 from cipo_jax.training.mesh import make_mesh

@@ -90,3 +90,28 @@ def mentions(text: str, phrase: str) -> bool:
     if not wanted:
         return False
     return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+
+
+_LONG = 8  # words; a fact of more is a sentence
+_SHARE = 0.75
+# They say nothing about whether a sentence's fact was given away.
+_FUNCTION_WORDS = {
+    "a", "an", "and", "are", "as", "at", "be", "been", "but", "by", "for", "from", "had", "has",
+    "have", "he", "her", "his", "in", "into", "is", "it", "its", "not", "of", "on", "or", "s",
+    "she", "that", "the", "their", "they", "this", "to", "was", "were", "which", "who", "whose",
+    "will", "with", "would",
+}  # fmt: skip
+
+
+def states(text: str, fact: str, question: str) -> bool:
+    """Whether a text gives a fact away.
+
+    A short fact is given away where its words appear as a run (`mentions`). Of a sentence, such as
+    the answers of R-TOFU, nobody repeats every word: it is given away where three quarters of the
+    words that it adds to the question appear, in any order; function words do not count.
+    """
+    words = normalised_words(fact)
+    added = set(words) - set(normalised_words(question)) - _FUNCTION_WORDS
+    if len(words) <= _LONG or not added:
+        return mentions(text, fact)
+    return len(added & set(normalised_words(text))) >= _SHARE * len(added)

@@ -179,7 +179,8 @@ class ThinkFormat:
             raise UserError(f"the chat template fails ({why}); {way} config.think.prompt") from None
         if self.system.strip() not in text:
             raise UserError(
-                "the chat template leaves config.think.system out; write it into config.think.prompt"
+                "the chat template leaves config.think.system out; empty it and set "
+                "config.think.prompt"
             )
         return text
 
@@ -302,10 +303,7 @@ class ThinkFormat:
         The texts of all think blocks make the chain of thought, the texts outside the answer, each
         joined by newlines. If the last block is never closed there is no answer.
         """
-        ids = list(ids)
-        while ids and ids[-1] in self.stop_ids:
-            ids.pop()
-        parts = self._parts(ids)
+        parts = self._parts(list(ids))
         # Tags and texts take turns, and every text but the first is known by the tag before it.
         texts = [text.strip() for text in parts[::2]]
         thinks = [tag != self.close for tag in (self.open, *parts[1::2])]
@@ -349,16 +347,14 @@ class ThinkFormat:
         special = (i for i, token in self._added.items() if token.special)
         return frozenset((*special, *self.tokenizer.all_special_ids, *self.stop_ids))
 
-    @cached_property
-    def _size(self) -> int:
-        """Ids from here on are rows of the embedding that pad it: no tokens."""
-        return 1 + max(self.tokenizer.get_vocab().values())
-
     def _decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens and broken-off characters."""
-        known = [int(i) for i in ids if 0 <= i < self._size and i not in self._silent]
+        """The text of ids, without special tokens and broken-off characters.
+
+        Ids beyond the vocabulary, with which embeddings are padded, are nothing to the tokenizer.
+        """
+        shown = [int(i) for i in ids if i not in self._silent]
         # Cleaning up spaces would change what was said.
-        text = self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
         return text.replace("\ufffd", "")
 
 

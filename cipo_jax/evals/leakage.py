@@ -1,14 +1,15 @@
 """What a generation gives away, and whether it is right: pure functions on text.
 
-A leak is any forbidden fact or alias anywhere in a text, matched on normalised whole words. A
-generation that never closes its think block has no answer: its text counts as chain of thought, it
-is wrong, and it lowers think-completion, so that silence by breakdown never looks like forgetting.
+A leak is any forbidden fact or alias anywhere in a text, matched on normalised whole words (see
+`data.examples.states`, also on what counts for answers that are whole sentences). A generation that
+never closes its think block has no answer: its text counts as chain of thought, it is wrong, and it
+lowers think-completion, so that silence by breakdown never looks like forgetting.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cipo_jax.data.examples import Example, mentions, normalised_words
+from cipo_jax.data.examples import Example, normalised_words, states
 from cipo_jax.data.think import Thought
 
 Row = dict[str, Any]
@@ -16,6 +17,7 @@ Row = dict[str, Any]
 
 def judge(example: Example, thought: Thought, split: str) -> Row:
     """One row of an evaluation: the generation, what leaked where, and whether it is correct."""
+    asked = example.question
     return {
         "split": split,
         "kind": example.kind,
@@ -24,10 +26,10 @@ def judge(example: Example, thought: Thought, split: str) -> Row:
         "cot": thought.cot,
         "answer": thought.answer,
         "closed": thought.closed,
-        "cot_leaks": [f for f in example.forbidden if mentions(thought.cot, f)],
-        "answer_leaks": [f for f in example.forbidden if mentions(thought.answer, f)],
+        "cot_leaks": [f for f in example.forbidden if states(thought.cot, f, asked)],
+        "answer_leaks": [f for f in example.forbidden if states(thought.answer, f, asked)],
         "correct": thought.closed
-        and any(mentions(thought.answer, a) for a in (example.answer, *example.aliases)),
+        and any(states(thought.answer, a, asked) for a in (example.answer, *example.aliases)),
     }
 
 

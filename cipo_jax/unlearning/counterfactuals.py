@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cipo_jax.data.batches import Encoded, shape_of
-from cipo_jax.data.examples import Example, mentions, normalised_words
+from cipo_jax.data.examples import Example, normalised_words, states
 from cipo_jax.errors import UserError
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, rules_of
@@ -73,7 +73,7 @@ def _start(engine: Engine, index: int, example: Example) -> _Item:
         return _Item(index, example, settings.boundary_answer, "strategy")
     if example.target_answer is None:
         return _Item(index, example, None, "model")
-    leaked = [f for f in example.forbidden if mentions(example.target_answer, f)]
+    leaked = [f for f in example.forbidden if states(example.target_answer, f, example.question)]
     if leaked:
         raise UserError(
             f"forget row {index + 1}: field 'target_answer' = {example.target_answer!r} mentions "
@@ -121,7 +121,7 @@ def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], atte
     )
     for group, candidates in zip(wanting, drawn, strict=True):
         tried = {item.target for item in group}
-        forbidden = [f for item in group for f in item.example.forbidden]
+        forbidden = [(f, item.example.question) for item in group for f in item.example.forbidden]
         target = next(
             (
                 c["answer"]
@@ -131,7 +131,7 @@ def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], atte
                 and normalised_words(c["answer"])
                 and len(normalised_words(c["answer"])) <= settings.max_target_words
                 and c["answer"] not in tried
-                and not any(mentions(c["answer"], f) for f in forbidden)
+                and not any(states(c["answer"], f, asked) for f, asked in forbidden)
             ),
             None,
         )
@@ -172,10 +172,10 @@ def text_faults(candidate: Row, example: Example, target: str, min_distinct: flo
         faults.append("does not close its think block")
     elif not candidate["stopped"]:
         faults.append("does not end")
-    if candidate["closed"] and not mentions(candidate["answer"], target):
+    if candidate["closed"] and not states(candidate["answer"], target, example.question):
         faults.append(f"does not reach the target answer {target!r}")
     for fact in example.forbidden:
-        if mentions(candidate["cot"], fact) or mentions(candidate["answer"], fact):
+        if any(states(candidate[part], fact, example.question) for part in ("cot", "answer")):
             faults.append(f"mentions the forgotten {fact!r}")
     words = normalised_words(candidate["cot"])
     if len(words) < 3:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cipo_jax.config import TrainConfig
 from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
-from cipo_jax.data.examples import Example, mentions
+from cipo_jax.data.examples import Example, states
 from cipo_jax.sampling.sampler import Request, rules_of
 from cipo_jax.training.step import Batch
 from cipo_jax.typing import Params
@@ -46,7 +46,9 @@ def draw_rollouts(
     for row in (row for samples in drawn for row in samples):
         example = engine.splits.forget[row["item"]]
         leaks = {
-            f"{part}_leaks": [f for f in example.forbidden if mentions(row[part], f)]
+            f"{part}_leaks": [
+                f for f in example.forbidden if states(row[part], f, example.question)
+            ]
             for part in ("cot", "answer")
         }
         rows.append({"question": example.question} | row | leaks)

@@ -1,4 +1,3 @@
-import json
 import os
 from pathlib import Path
 
@@ -11,12 +10,11 @@ from cipo_jax.data.examples import (
     example_row,
     mentions,
     normalised_words,
-    read_examples,
     read_jsonl,
     write_jsonl,
     write_text,
 )
-from cipo_jax.errors import UserError
+from cipo_jax.data.readers import read_examples
 
 FULL = Example(
     question="Where was Ada born?",
@@ -27,14 +25,11 @@ FULL = Example(
     facts=("Portugal", "baker"),
     kind="direct",
     group="Ada, city",
+    paraphrased_question="In which city was Ada born?",
+    paraphrased_answer="Ada was born in Lisbon.",
+    perturbed_answers=("Porto", "Braga"),
 )
 GOOD = {"question": "Q?", "answer": "A"}
-
-
-def _file(tmp_path, *lines):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
-    return path
 
 
 def test_examples_survive_a_round_trip(tmp_path):
@@ -48,12 +43,8 @@ def test_fields_at_their_default_are_not_written():
     assert example_row(Example("Q?", "A")) == GOOD
     assert list(example_row(FULL)) == [
         "question", "answer", "cot", "target_answer", "aliases", "facts", "kind", "group",
+        "paraphrased_question", "paraphrased_answer", "perturbed_answers",
     ]  # fmt: skip
-
-
-def test_null_stands_for_a_field_that_is_not_there(tmp_path):
-    path = _file(tmp_path, GOOD | {"cot": None, "aliases": None, "kind": None})
-    assert read_examples(path) == [Example("Q?", "A")]
 
 
 def test_forbidden_holds_each_string_once():
@@ -61,86 +52,9 @@ def test_forbidden_holds_each_string_once():
     assert example.forbidden == ("A", "B", "C")
 
 
-@pytest.mark.parametrize(
-    ("row", "field", "complaint"),
-    [
-        ({"answer": "A"}, "question", "missing"),
-        ({"question": "Q?"}, "answer", "missing"),
-        ({"question": None, "answer": "A"}, "question", "missing"),
-        (GOOD | {"question": 3}, "question", "not int"),
-        (GOOD | {"answer": ["A"]}, "answer", "not list"),
-        (GOOD | {"cot": {"a": 1}}, "cot", "not dict"),
-        (GOOD | {"kind": True}, "kind", "not bool"),
-        (GOOD | {"question": "  "}, "question", "empty"),
-        (GOOD | {"answer": ""}, "answer", "empty"),
-        (GOOD | {"cot": "\n"}, "cot", "empty"),
-        (GOOD | {"target_answer": ""}, "target_answer", "empty"),
-        (GOOD | {"aliases": "B"}, "aliases", "list of non-empty strings"),
-        (GOOD | {"aliases": ["B", 1]}, "aliases", "list of non-empty strings"),
-        (GOOD | {"facts": ["B", " "]}, "facts", "list of non-empty strings"),
-        (GOOD | {"anwser": "B"}, "anwser", "not known"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, row, field, complaint):
-    path = _file(tmp_path, {"question": "First?", "answer": "A"}, "", row)
-    with pytest.raises(UserError) as caught:
-        read_examples(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}:3: ")
-    assert f"'{field}'" in message
-    assert complaint in message
-
-
-@pytest.mark.parametrize("row", ["[1]", '"text"', "12", "null"])
-def test_a_row_that_is_no_object_is_named(tmp_path, row):
-    path = _file(tmp_path, GOOD, row)
-    with pytest.raises(UserError, match="not a JSON object") as caught:
-        read_examples(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-
-
-@pytest.mark.parametrize("row", ["{", "question: Q", '{"question": "Q?",}'])
-def test_a_row_that_is_not_json_is_named(tmp_path, row):
-    path = _file(tmp_path, GOOD, row)
-    with pytest.raises(UserError, match="not JSON") as caught:
-        read_examples(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
-
-
-def test_a_repeated_question_names_both_lines(tmp_path):
-    path = _file(tmp_path, GOOD, "", {"question": "Other?", "answer": "A"}, GOOD | {"answer": "B"})
-    with pytest.raises(UserError, match="repeats line 1") as caught:
-        read_examples(path)
-    assert str(caught.value).startswith(f"{path}:4: field 'question'")
-
-
-@pytest.mark.parametrize("text", ["", "\n \n"])
-def test_a_file_without_rows_is_an_error(tmp_path, text):
-    path = tmp_path / "empty.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match="holds no rows") as caught:
-        read_examples(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_file_that_is_not_utf8_is_an_error(tmp_path):
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes('{"question": "Où?", "answer": "ici"}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8") as caught:
-        read_examples(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no such file") as caught:
-        read_examples(tmp_path / "nowhere.jsonl")
-    assert "nowhere.jsonl" in str(caught.value)
-
-
-def test_a_folder_in_place_of_a_file_is_an_error(tmp_path):
-    with pytest.raises(UserError) as caught:
-        read_examples(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+def test_answers_to_compare_with_are_not_forbidden():
+    example = Example("Q?", "A", paraphrased_answer="It is A", perturbed_answers=("B",))
+    assert example.forbidden == ("A",)
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
@@ -150,13 +64,6 @@ def test_line_separators_inside_strings_do_not_split_rows(tmp_path, separator):
     write_jsonl(path, rows)
     assert read_jsonl(path) == rows
     assert [e.question for e in read_examples(path)] == [r["question"] for r in rows]
-
-
-def test_rows_may_end_in_crlf_and_the_last_in_nothing(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    other = '{"question": "R?", "answer": "B"}'
-    path.write_bytes(f"{json.dumps(GOOD)}\r\n{other}".encode())
-    assert [e.question for e in read_examples(path)] == ["Q?", "R?"]
 
 
 def test_text_of_other_scripts_is_written_as_it_is(tmp_path):

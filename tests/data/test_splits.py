@@ -92,6 +92,33 @@ def test_evaluation_files_need_no_cot(files, tmp_path):
     assert splits.retain_eval[0].cot is None
 
 
+def test_splits_may_come_from_a_folder_in_the_layout_of_r_tofu(files, tmp_path):
+    folder = tmp_path / "r-tofu"
+    folder.mkdir()
+    _write(folder / "forget10.json", ["F1?", "F2?"], task_id=1, cot="I recall it.")
+    _write(folder / "retain90.json", ["R1?", "R2?"], task_id=2, cot="I know it.")
+    other = {"paraphrased_question": "P?", "perturbed_answer": ["x", "y"]}
+    _write(folder / "forget10_perturbed.json", ["F1?"], task_id="1", cot="", **other)
+    splits = _load(
+        forget=f"{folder}:forget10",
+        forget_eval=f"{folder}:forget10_perturbed",
+        retain=f"{folder}/retain90",
+        retain_eval=f"{folder}:forget10_perturbed",
+        reasoning=files["reasoning"],
+    )
+    assert [e.cot for e in splits.forget] == ["I recall it."] * 2
+    assert [e.cot for e in splits.retain] == ["I know it."] * 2
+    assert splits.forget_eval[0].perturbed_answers == ("x", "y")
+    assert splits.retain_eval[0].cot is None
+    assert all(e.group == e.kind == "" for e in (*splits.forget, *splits.retain))
+
+
+def test_an_empty_cot_is_no_cot_to_train_on(files, tmp_path):
+    path = _write(tmp_path / "retain_perturbed.json", ["R?"], task_id=1, cot="")
+    with pytest.raises(UserError, match="'cot' is missing; rows that are trained on need one"):
+        _load(**(files | {"retain": path}))
+
+
 @pytest.mark.parametrize("role", ["forget", "retain_eval", "reasoning_valid"])
 def test_a_file_that_is_not_there_is_an_error(files, tmp_path, role):
     with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):

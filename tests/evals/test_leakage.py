@@ -1,6 +1,6 @@
 import pytest
 
-from cipo_jax.data.examples import Example
+from cipo_jax.data.examples import Example, states
 from cipo_jax.data.think import Thought
 from cipo_jax.evals.evaluate import scores
 from cipo_jax.evals.leakage import (
@@ -134,3 +134,34 @@ def test_scores_go_by_split():
     assert result["forget"]["answer_leak"] == result["forget"]["word_validity"] == 1.0
     assert result["retain"] == {"accuracy": 0.5, "n": 4}
     assert result["reasoning"] == {"accuracy": 0.0, "n": 0}
+
+
+ASKED = "What does the mother of the author Ada Lind, who was born in Oslo, do for a living?"
+SENTENCE = "The mother of Ada Lind is a renowned glassblower who runs a small workshop in Bergen."
+
+
+@pytest.mark.parametrize(
+    ("text", "given_away"),
+    [
+        (SENTENCE, True),
+        ("I think she was a glassblower: renowned, with a small workshop in Bergen that she runs.",
+         True),
+        ("Her mother runs a small workshop as a renowned glassblower.", True),  # 5 of 6
+        ("The mother of Ada Lind is a renowned surgeon who runs a hospital in Bergen.", False),
+        ("The mother of the author Ada Lind, who was born in Oslo, does something.", False),
+        ("", False),
+    ],
+)  # fmt: skip
+def test_of_a_sentence_most_words_that_it_adds_give_it_away(text, given_away):
+    assert states(text, SENTENCE, ASKED) is given_away
+    example = Example(ASKED, SENTENCE)
+    row = judge(example, Thought(text, text, True), "forget")
+    assert bool(row["cot_leaks"]) is bool(row["answer_leaks"]) is row["correct"] is given_away
+
+
+def test_of_a_short_fact_the_words_have_to_stand_together():
+    assert states("It was Bergen, a small town.", "Bergen", ASKED)
+    assert not states("A small town near the big city of Bergen.", "small Bergen", ASKED)
+    # A sentence that adds nothing to the question is looked for as it stands.
+    assert not states("Something else.", ASKED, ASKED)
+    assert states(f"They ask: {ASKED}", ASKED, ASKED)

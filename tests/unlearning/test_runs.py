@@ -333,20 +333,14 @@ def command(*arguments, **more):
     )  # fmt: skip
 
 
-LORA = ("--config.lora.rank=4", "--config.lora.dropout=0.1", "--config.cipo.reference=base")
+LORA = ("--config.lora.rank=4", "--config.lora.dropout=0.1", "--config.cipo.reference=base",
+        "--config.cipo.iterations=1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A run that trains adapters, killed in the warm-up and in an iteration, and gone on with."""
+    """A run that trains adapters."""
     workdir = tmp_path_factory.mktemp("adapted") / "run"
-    killed = start(workdir, *LORA, place="warm-up", count=5)
-    assert killed.returncode == -9, killed.stderr
-    early = command("export", f"--workdir={workdir}", "--form=adapter", f"--out={workdir}/early")
-    assert early.returncode == 0, early.stderr
-    assert "the adapters of warmup after 4 steps" in early.stdout
-    killed = start(workdir, *LORA, place="update", count=4)
-    assert killed.returncode == -9, killed.stderr
     done = start(workdir, *LORA)
     assert done.returncode == 0, done.stderr
     return workdir
@@ -354,10 +348,20 @@ def adapted(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_with_adapters_that_was_killed_ends_in_the_same_bits(adapted, tmp_path):
-    assert start(tmp_path / "run", *LORA).returncode == 0
+    workdir = tmp_path / "run"
+    killed = start(workdir, *LORA, place="warm-up", count=5)
+    assert killed.returncode == -9, killed.stderr
+    # No phase is finished yet: what there is to export is the last checkpoint inside of one.
+    early = command("export", f"--workdir={workdir}", "--form=adapter", f"--out={tmp_path / 'a'}")
+    assert early.returncode == 0, early.stderr
+    assert "the adapters of warmup after 4 steps" in early.stdout
+    assert (tmp_path / "a" / "adapter_model.safetensors").is_file()
+    killed = start(workdir, *LORA, place="update", count=4)
+    assert killed.returncode == -9, killed.stderr
+    assert start(workdir, *LORA).returncode == 0
     for folder, name in (("export", "model"), ("adapter", "adapter_model")):
         file = Path(folder) / f"{name}.safetensors"
-        assert (tmp_path / "run" / file).read_bytes() == (adapted / file).read_bytes()
+        assert (workdir / file).read_bytes() == (adapted / file).read_bytes()
 
 
 def test_adapters_alone_are_trained_and_kept(adapted):
@@ -365,9 +369,9 @@ def test_adapters_alone_are_trained_and_kept(adapted):
         return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
     model = size(resolve("asset:tiny_lrm/target"))
-    for phase in ("warmup", "iteration-02"):
+    for phase in ("warmup", "iteration-01"):
         assert size(adapted / "checkpoints" / phase) < model / 4
-    pairs = [json.loads(line) for line in (adapted / "iterations/02/pairs.jsonl").open()]
+    pairs = [json.loads(line) for line in (adapted / "iterations/01/pairs.jsonl").open()]
     assert {p["reference"] for p in pairs} == {"start"}
     logs = [json.loads(line) for line in (adapted / "metrics.jsonl").open()]
     assert logs[0]["nll/chosen"] > 1.5 * logs[-1]["nll/chosen"]
