@@ -1,6 +1,6 @@
 """CiPO on R-TOFU's forget10 with DeepSeek-R1-Distill-Llama-8B, all parameters trained.
 
-python -m cipo_jax unlearn --config=configs/rtofu_r1_llama8b.py:/data/r-tofu --workdir=runs/rtofu_r1_llama8b
+python -m cipo_jax unlearn --config=configs/rtofu_r1_llama8b.py:/data/r-tofu --workdir=runs/1
 
 The argument is the folder of R-TOFU's files (forget10.json, retain90.json, ...), `data/r-tofu` by
 default. config.model.path should be the *target* model: the base fine-tuned on all of R-TOFU.

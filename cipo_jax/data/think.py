@@ -74,6 +74,11 @@ class ThinkFormat:
             raise UserError("the tokenizer has no eos_token; set it in tokenizer_config.json")
         return int(eos)
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """One more than the largest id there is a token for; an embedding may have more rows."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
     # ---- questions to prompts
 
     def prompt_text(self, question: str) -> str:

@@ -122,7 +122,10 @@ _OLMO = {"qk_norm": "all", "post_norm": True}
 _FAMILIES = {
     "LlamaForCausalLM": _Family("llama", _uniform, attention_bias="qkvo", reads_mlp_bias=True),
     "MistralForCausalLM": _Family("mistral", _mistral, reads=frozenset({"sliding_window"})),
-    "Qwen2ForCausalLM": _Family("qwen2", _qwen, {"qkv_bias": True}, reads=_WINDOW_FIELDS),
+    # Has its three biases whatever `attention_bias` says.
+    "Qwen2ForCausalLM": _Family(
+        "qwen2", _qwen, {"qkv_bias": True}, reads=_WINDOW_FIELDS | {"attention_bias"}
+    ),
     "Qwen3ForCausalLM": _Family(
         "qwen3",
         _qwen,

@@ -55,7 +55,7 @@ def rules_of(
     format: ThinkFormat, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
 ) -> Rules:
     """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks."""
-    return Rules(max_new_tokens, format.stop_ids, temperature, top_p, len(format.tokenizer))
+    return Rules(max_new_tokens, format.stop_ids, temperature, top_p, format.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -722,3 +722,9 @@ def test_settings_that_cannot_work_are_refused_by_name(fields, key):
 def test_settings_that_work():
     fields = {"open": "", "close": "Answer:", "prompt": "{{Q}}: {question}", "system": ""}
     assert parse(Config, {"think": fields}).think == ThinkConfig(**fields)
+
+
+def test_the_vocabulary_ends_after_the_largest_id():
+    format = ThinkFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
+    assert format.vocabulary == len(format.tokenizer)
+    assert format.tokenizer.convert_ids_to_tokens(format.vocabulary - 1) is not None

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
 from cipo_jax.sampling.decode import Rules, generate
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
 CONFIG = DecoderConfig(
@@ -199,3 +201,41 @@ def test_the_cache_is_updated_in_place(real_compilation):
     # more.
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert cache <= temporary < 1.5 * cache
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+@pytest.mark.parametrize("rules", [RULES, GREEDY], ids=["sampled", "greedy"])
+def test_a_completion_that_is_watched_is_the_one_that_is_not(params, requests, chunk, rules):
+    sampler = _sampler(1)
+    prepared = sampler.prepare(params)
+    ends = set()
+    for request, (wanted,) in zip(requests, _all(sampler, prepared, requests, rules), strict=True):
+        seen = list(sampler.stream_tokens(prepared, request, rules, KEY, chunk))
+        assert seen[-1].ids == wanted.ids and seen[-1].stopped == wanted.stopped
+        np.testing.assert_allclose(seen[-1].logps, wanted.logps, rtol=0, atol=LOGP_ATOL)
+        for before, after in itertools.pairwise(seen):
+            assert after.ids[: len(before.ids)] == before.ids
+            assert 0 < len(after.ids) - len(before.ids) <= chunk
+        assert len(seen[0].ids) == 1
+        ends.add(wanted.stopped)
+    assert ends == {True, False}
+
+
+def test_ids_that_only_pad_the_embedding_are_never_drawn(params, requests):
+    sampler = _sampler(4)
+    prepared = sampler.prepare(params)
+    drawn = _all(sampler, prepared, requests, Rules(8, (), 1.0), samples=2)
+    assert any(i >= 30 for r in drawn for s in r for i in s.ids)
+    for temperature in (0.0, 1.0):
+        rules = Rules(8, (), temperature, vocabulary=30)
+        for row in _all(sampler, prepared, requests, rules, samples=2):
+            assert all(i < 30 for s in row for i in s.ids)
+
+
+def test_rules_end_where_a_model_ends_and_draw_what_its_tokenizer_has():
+    from cipo_jax.data.think import ThinkFormat
+    from cipo_jax.models.hub import load_tokenizer, resolve
+
+    tokenizer = load_tokenizer(resolve("asset:tiny_lrm/target"))
+    rules = rules_of(ThinkFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
+    assert rules == Rules(5, (tokenizer.eos_token_id, 7, 9), 0.5, 0.9, len(tokenizer))
