@@ -222,15 +222,13 @@ class _TrainingBlock(nn.Module):
 
 
 def _rotations(config: DecoderConfig, positions: Array, known: Array | None) -> list[Rotation]:
-    """The rotation of each of the config's kinds."""
-    rotations = []
-    for kind in config.kinds():
-        if kind.rope is not None and kind.rope.kind == "dynamic" and known is not None:
-            at = jnp.broadcast_to(positions, known.shape)
-            rotations.append(rotation(kind.rope, config.head_dim, at, known))
-        else:
-            rotations.append(rotation(kind.rope, config.head_dim, positions))
-    return rotations
+    """The rotation of each of the config's kinds, all of one shape."""
+    kinds = config.kinds()
+    if known is not None and any(k.rope and k.rope.kind == "dynamic" for k in kinds):
+        positions = jnp.broadcast_to(positions, known.shape)
+    else:
+        known = None
+    return [rotation(kind.rope, config.head_dim, positions, known) for kind in kinds]
 
 
 class Decoder(nn.Module):

@@ -32,6 +32,7 @@ class _Family:
       tied_head: where config.json does not say.
       rope_theta: where config.json does not say.
       head_dim: where config.json does not say; 0 for d_model / heads.
+      kv_heads: where config.json does not say; 0 for as many as there are heads.
       reads: further fields that mean something.
     """
 
@@ -43,6 +44,7 @@ class _Family:
     tied_head: bool = False
     rope_theta: float = 10000.0
     head_dim: int = 0
+    kv_heads: int = 0
     reads: frozenset[str] = frozenset()
 
 
@@ -61,32 +63,34 @@ def _mistral(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
 def _qwen(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
     """Windows from layer max_window_layers on, if they are switched on at all."""
     rope = _rope(family, fields)
-    window = _window(fields, 4096) if fields.get("use_sliding_window") else None
-    first = fields.get("max_window_layers", 28)
+    window = _window(fields, 4096) if _flag(fields, "use_sliding_window") else None
+    # 0 is sensible here: every layer has a window.
+    first = 0 if fields.get("max_window_layers") == 0 else _whole(fields, "max_window_layers", 28)
     types = fields.get("layer_types") or [
         "sliding_attention" if window and i >= first else "full_attention"
         for i in range(_layers(fields))
     ]
-    return tuple(LayerKind(rope, window if slides else None) for slides in _slides(fields, types))
+    slides = _slides(fields, types, window)
+    return tuple(LayerKind(rope, window if s else None) for s in slides)
 
 
 def _smollm3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
     """Layers without position embedding, which alone may have a window."""
     rope, layers = _rope(family, fields), _layers(fields)
-    every = fields.get("no_rope_layer_interval", 4)
+    every = _whole(fields, "no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(layers)]
     if len(rotated) < layers:
         raise UserError(
             f"field 'no_rope_layers' has {len(rotated)} entries, num_hidden_layers is {layers}"
         )
-    window = _window(fields, None) if fields.get("use_sliding_window") else None
+    window = _window(fields, None) if _flag(fields, "use_sliding_window") else None
     types = fields.get("layer_types") or [
         "full_attention" if rotates or not window else "sliding_attention"
         for rotates in rotated[:layers]
     ]
     return tuple(
         LayerKind(rope if rotates else None, window if slides else None)
-        for rotates, slides in zip(rotated, _slides(fields, types), strict=False)
+        for rotates, slides in zip(rotated, _slides(fields, types, window), strict=False)
     )
 
 
@@ -97,34 +101,38 @@ def _olmo3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
         "full_attention" if (i + 1) % 4 == 0 else "sliding_attention"
         for i in range(_layers(fields))
     ]
-    given = fields.get("rope_parameters") or {}
-    if any(isinstance(value, dict) for value in given.values()):
-        ropes = {
-            kind: _parse_rope(family, fields, dict(given.get(kind) or {}), "rope_parameters")
-            for kind in ("full_attention", "sliding_attention")
-        }
+    given = fields.get("rope_parameters")
+    full, sliding = "full_attention", "sliding_attention"
+    if given:
+        if not isinstance(given, dict) or not set(given) <= {full, sliding}:
+            raise UserError(
+                f"field 'rope_parameters' = {given!r}: must hold {full!r} and {sliding!r} here"
+            )
+        if fields.get("rope_scaling"):
+            raise UserError("fields 'rope_parameters' and 'rope_scaling' are both there; keep one")
     else:
-        # transformers gives the sliding layers its own default theta, whatever rope_theta says.
-        ropes = {
-            "full_attention": _rope(family, fields),
-            "sliding_attention": Rope(family.rope_theta),
-        }
-    return tuple(
-        LayerKind(ropes["sliding_attention"], window)
-        if slides
-        else LayerKind(ropes["full_attention"])
-        for slides in _slides(fields, types)
-    )
+        given = {full: fields.get("rope_scaling")}
+    # transformers gives sliding layers its own default theta, whatever the field rope_theta says.
+    own = {k: v for k, v in fields.items() if k != "rope_theta"}
+    stretched = LayerKind(_parse_rope(family, fields, given.get(full), "rope_parameters"))
+    local = LayerKind(_parse_rope(family, own, given.get(sliding), "rope_parameters"), window)
+    return tuple(local if slides else stretched for slides in _slides(fields, types, window))
 
 
 _WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
 _OLMO = {"qk_norm": "all", "post_norm": True}
 _FAMILIES = {
     "LlamaForCausalLM": _Family("llama", _uniform, attention_bias="qkvo", reads_mlp_bias=True),
-    "MistralForCausalLM": _Family("mistral", _mistral, reads=frozenset({"sliding_window"})),
+    "MistralForCausalLM": _Family(
+        "mistral", _mistral, kv_heads=8, reads=frozenset({"sliding_window"})
+    ),
     # Has its three biases whatever `attention_bias` says.
     "Qwen2ForCausalLM": _Family(
-        "qwen2", _qwen, {"qkv_bias": True}, reads=_WINDOW_FIELDS | {"attention_bias"}
+        "qwen2",
+        _qwen,
+        {"qkv_bias": True},
+        kv_heads=32,
+        reads=_WINDOW_FIELDS | {"attention_bias"},
     ),
     "Qwen3ForCausalLM": _Family(
         "qwen3",
@@ -132,6 +140,7 @@ _FAMILIES = {
         {"qk_norm": "head"},
         attention_bias="qkvo",
         head_dim=128,
+        kv_heads=32,
         reads=_WINDOW_FIELDS,
     ),
     "SmolLM3ForCausalLM": _Family(
@@ -141,6 +150,7 @@ _FAMILIES = {
         reads_mlp_bias=True,
         tied_head=True,
         rope_theta=2000000.0,
+        kv_heads=4,
         reads=_WINDOW_FIELDS | {"no_rope_layers", "no_rope_layer_interval"},
     ),
     "Olmo2ForCausalLM": _Family("olmo2", _uniform, _OLMO, attention_bias="qkvo"),
@@ -180,8 +190,8 @@ _ROPE_FIELDS = {
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
         "mscale", "mscale_all_dim", "truncate",
-        # In the config of DeepSeek-R1-0528-Qwen3-8B. transformers, which the published numbers
-        # come from and exports are opened with, does not know it and goes on without; so do we.
+        # In the config of DeepSeek-R1-0528-Qwen3-8B. transformers, which exports are opened with,
+        # does not know it and goes on without; so do we. See docs/models.md.
         "attn_factor",
     },
 }  # fmt: skip
@@ -236,25 +246,29 @@ def decoder_config(fields: Fields) -> DecoderConfig:
         )
     if fields.get("hidden_act", "silu") != "silu":
         raise UserError(f"field 'hidden_act' = {fields['hidden_act']!r}: only 'silu' is supported")
-    heads = int(fields["num_attention_heads"])
-    d_model = int(fields["hidden_size"])
-    head_dim = int(fields.get("head_dim") or family.head_dim or d_model // heads)
+    d_model, heads = _whole(fields, "hidden_size"), _whole(fields, "num_attention_heads")
+    kv_heads = _whole(fields, "num_key_value_heads", family.kv_heads or heads)
+    head_dim = _whole(fields, "head_dim", family.head_dim or d_model // heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"field 'num_key_value_heads' = {kv_heads}: must divide num_attention_heads = {heads}"
+        )
     if head_dim % 2:
         raise UserError(f"field 'head_dim' = {head_dim}: rotary embeddings need it to be even")
-    biased = family.attention_bias if fields.get("attention_bias") else ""
+    biased = family.attention_bias if _flag(fields, "attention_bias") else ""
     shape: Fields = {"qkv_bias": "qkv" in biased, "o_bias": "o" in biased} | family.shape
     kinds = family.kinds(family, fields)
     return DecoderConfig(
-        vocab_size=int(fields["vocab_size"]),
+        vocab_size=_whole(fields, "vocab_size"),
         d_model=d_model,
-        d_ff=int(fields["intermediate_size"]),
+        d_ff=_whole(fields, "intermediate_size"),
         layers=_layers(fields),
         heads=heads,
-        kv_heads=int(fields.get("num_key_value_heads") or heads),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=float(fields["rms_norm_eps"]),
-        tied_head=bool(fields.get("tie_word_embeddings", family.tied_head)),
-        mlp_bias=bool(fields.get("mlp_bias", False)),
+        norm_eps=_number(fields, "rms_norm_eps"),
+        tied_head=_flag(fields, "tie_word_embeddings", family.tied_head),
+        mlp_bias=_flag(fields, "mlp_bias"),
         layer_kinds=kinds[:1] if len(set(kinds)) == 1 else kinds,
         **shape,
     )
@@ -285,23 +299,58 @@ def _check_fields(family: _Family, fields: Fields) -> None:
             raise UserError(f"field {name!r} = {value!r} is not understood; it may change results")
 
 
+def _whole(fields: Fields, name: str, default: int | None = None) -> int:
+    """A field that is a whole number above 0; by default required."""
+    value = fields.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in fields:
+        raise UserError(f"field {name!r} is missing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"field {name!r} = {value!r}: must be a whole number above 0")
+    return value
+
+
+def _number(fields: Fields, name: str, where: str = "", default: float | None = None) -> float:
+    """A field that is a number above 0; by default required."""
+    value = fields.get(name)
+    if value is None and default is not None:
+        return default
+    where = f"field {where!r}: {name!r}" if where else f"field {name!r}"
+    if value is None:
+        raise UserError(f"{where} is missing")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{where} = {value!r}: must be a number above 0")
+    return float(value)
+
+
+def _flag(fields: Fields, name: str, default: bool = False) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"field {name!r} = {value!r}: must be true or false")
+    return default if value is None else value
+
+
 def _layers(fields: Fields) -> int:
-    return int(fields["num_hidden_layers"])
+    return _whole(fields, "num_hidden_layers")
 
 
 def _window(fields: Fields, default: int | None) -> int | None:
-    window = fields.get("sliding_window", default)
-    if window is not None and (not isinstance(window, int) or window < 1):
-        raise UserError(f"field 'sliding_window' = {window!r}: must be a whole number above 0")
-    return window
+    """The window; null switches it off, a missing field is what transformers takes for it."""
+    if fields.get("sliding_window", default) is None:
+        return None
+    return _whole(fields, "sliding_window", default)
 
 
-def _slides(fields: Fields, types: list[str]) -> list[bool]:
+def _slides(fields: Fields, types: list[str], window: int | None) -> list[bool]:
     """Whether each layer has a window, from its type's name."""
-    if len(types) != _layers(fields):
+    if not isinstance(types, list) or len(types) != _layers(fields):
         raise UserError(
-            f"field 'layer_types' has {len(types)} entries, num_hidden_layers is {_layers(fields)}"
+            f"field 'layer_types' = {types!r}: must have num_hidden_layers = {_layers(fields)} "
+            "entries"
         )
+    if "sliding_attention" in types and window is None:
+        raise UserError("field 'layer_types' has sliding layers, but no window is switched on")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise UserError(f"field 'layer_types': {kind!r} is not supported")
@@ -309,13 +358,13 @@ def _slides(fields: Fields, types: list[str]) -> list[bool]:
 
 
 def _only_full_attention(fields: Fields) -> None:
-    if any(_slides(fields, fields.get("layer_types") or ["full_attention"] * _layers(fields))):
-        raise UserError("field 'layer_types': this architecture has no sliding layers")
+    if fields.get("layer_types"):
+        _slides(fields, fields["layer_types"], None)
 
 
 def _rope(family: _Family, fields: Fields) -> Rope:
     """The rope of a config with one for all layers, in its new or in its old spelling."""
-    both = [dict(fields.get(name) or {}) for name in ("rope_parameters", "rope_scaling")]
+    both = [fields.get(name) for name in ("rope_parameters", "rope_scaling")]
     if all(both) and both[0] != both[1]:
         raise UserError(
             f"fields 'rope_parameters' = {both[0]} and 'rope_scaling' = {both[1]} differ; keep one"
@@ -324,11 +373,15 @@ def _rope(family: _Family, fields: Fields) -> Rope:
     return _parse_rope(family, fields, both[0] or both[1], name)
 
 
-def _parse_rope(family: _Family, fields: Fields, given: Fields, name: str) -> Rope:
+def _parse_rope(family: _Family, fields: Fields, given: Fields | None, name: str) -> Rope:
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"field {name!r} = {given!r}: must be an object")
+    given = dict(given or {})
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)  # Old configs say it twice.
-    theta = given.pop("rope_theta", fields.get("rope_theta"))
-    theta = float(family.rope_theta if theta is None else theta)
+    theta = _number(fields, "rope_theta", default=family.rope_theta)
+    theta = _number(given, "rope_theta", name, theta)
+    given.pop("rope_theta", None)
     if kind not in _ROPE_FIELDS:
         raise UserError(
             f"field {name!r}: rope type {kind!r} is not supported; supported are "
@@ -345,45 +398,43 @@ def _parse_rope(family: _Family, fields: Fields, given: Fields, name: str) -> Ro
             )
     if kind == "default":
         return Rope(theta)
-    longest = int(fields.get("max_position_embeddings") or 0)
-    if not longest and kind in ("dynamic", "llama3", "yarn"):
-        raise UserError(f"field 'max_position_embeddings' is missing; rope type {kind!r} needs it")
-    trained = int(given.get("original_max_position_embeddings", longest))
-    if "factor" not in given and kind != "yarn":
-        raise UserError(f"field {name!r}: 'factor' is missing for rope type {kind!r}")
-    factor = float(given["factor"] if "factor" in given else longest / trained)
+    longest = 0
+    if kind in ("dynamic", "llama3", "yarn"):
+        longest = _whole(fields, "max_position_embeddings")
+    trained = _whole(given, "original_max_position_embeddings", longest)
+    # Of yarn alone the factor may be left to the two lengths.
+    factor = _number(given, "factor", name, longest / trained if kind == "yarn" else None)
     if kind == "linear":
         return Rope(theta, "linear", factor)
     if kind == "dynamic":
         return Rope(theta, "dynamic", factor, longest)
     if kind == "llama3":
-        for key in ("low_freq_factor", "high_freq_factor"):
-            if key not in given:
-                raise UserError(f"field {name!r}: {key!r} is missing for rope type 'llama3'")
-        low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+        low, high = (_number(given, f"{end}_freq_factor", name) for end in ("low", "high"))
         return Rope(theta, "llama3", factor, trained, low_freq_factor=low, high_freq_factor=high)
     return Rope(
         theta,
         "yarn",
         factor,
         trained,
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
-        truncate=bool(given.get("truncate", True)),
-        scale=_yarn_scale(given, factor),
+        beta_fast=_number(given, "beta_fast", name, 32.0),
+        beta_slow=_number(given, "beta_slow", name, 1.0),
+        truncate=_flag(given, "truncate", True),
+        scale=_yarn_scale(given, factor, name),
     )
 
 
-def _yarn_scale(given: Fields, factor: float) -> float:
+def _yarn_scale(given: Fields, factor: float, name: str) -> float:
     """The temperature of yarn, as a factor on cosines and sines (arXiv 2309.00071, eq. 22)."""
 
     def mscale(weight: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
+        return _number(given, "attention_factor", name)
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(float(given["mscale"])) / mscale(float(given["mscale_all_dim"]))
+        return mscale(_number(given, "mscale", name)) / mscale(
+            _number(given, "mscale_all_dim", name)
+        )
     return mscale()
 
 
@@ -408,7 +459,7 @@ def config_json(config: DecoderConfig, max_positions: int = 2048) -> Fields:
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": rope.theta if rope else 0.0,
+        "rope_theta": rope.theta if rope else 1.0,
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": max_positions,
         "bos_token_id": 0,

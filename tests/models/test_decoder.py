@@ -1,13 +1,16 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_options import QUICK
 
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
+    LayerKind,
     abstract_params,
     decode_layers,
     decoding_layout,
@@ -16,18 +19,33 @@ from cipo_jax.models.decoder import (
     init_params,
 )
 from cipo_jax.ops.attention import causal_attention
+from cipo_jax.ops.rope import Rope
 
 # Two compilations of one float32 computation: hidden states are near 1 after the last norm.
 TOLERANCE = 2e-5
 BASE = DecoderConfig(
     vocab_size=48, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, head_dim=6, tied_head=True
 )
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KINDS = {
     "plain": BASE,
     "untied": dataclasses.replace(BASE, tied_head=False),
     "qkv_bias": dataclasses.replace(BASE, qkv_bias=True),
-    "qk_norm": dataclasses.replace(BASE, qk_norm=True),
+    "qk_norm": dataclasses.replace(BASE, qk_norm="head"),
+    "wide_qk_norm": dataclasses.replace(BASE, qk_norm="all"),
+    "all_biases": dataclasses.replace(BASE, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "post_norm": dataclasses.replace(BASE, post_norm=True),
+    "window": dataclasses.replace(BASE, layer_kinds=(LayerKind(window=3),)),
+    "no_rope": dataclasses.replace(BASE, layer_kinds=(LayerKind(None),)),
+    "kinds": dataclasses.replace(
+        BASE,
+        layers=4,
+        layer_kinds=(
+            LayerKind(window=3),
+            LayerKind(None),
+            LayerKind(Rope(100.0, "dynamic", 2.0, 4), window=5),
+            LayerKind(window=3),
+        ),
+    ),
 }
 
 
@@ -46,29 +64,55 @@ def random_tokens(batch=3, length=8, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 48, (batch, length)), jnp.int32)
 
 
-hidden = jax.jit(hidden_states, static_argnums=(0, 1), compiler_options=QUICK_TO_COMPILE)
+hidden = jax.jit(hidden_states, static_argnums=(0, 1), compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_scanned_and_unrolled_layouts_agree(kind):
+@pytest.mark.parametrize(
+    ("kind", "known"), [*((kind, None) for kind in KINDS), ("kinds", 1), ("kinds", 6)]
+)
+def test_scanned_and_unrolled_layouts_agree(kind, known):
     config, compute = KINDS[kind], Compute()
     params, tokens = random_params(config), random_tokens()
+    if known:  # As of prompts of so many tokens.
+        known = jnp.broadcast_to(jnp.maximum(known, jnp.arange(1, 9)), tokens.shape)
 
-    @jax.jit(compiler_options=QUICK_TO_COMPILE)
+    @jax.jit(compiler_options=QUICK)
     def unrolled(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         layout = decoding_layout(config, params, "float32")
+        windows = [config.kinds()[i].window for i in config.kind_ids()]
 
         def attend(layer, q, k, v):
-            return causal_attention(q, k, v), layer
+            return causal_attention(q, k, v, window=windows[layer]), layer
 
-        return decode_layers(config, compute, layout, tokens, positions, attend)
+        return decode_layers(config, compute, layout, tokens, positions, attend, known)
 
     found, kept = unrolled(params, tokens)
-    wanted = hidden(config, compute, params, tokens)
+    wanted = hidden(config, compute, params, tokens, known)
     assert kept == list(range(config.layers))
     assert float(jnp.std(wanted)) > 0.5
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_layers_are_of_the_kinds_that_were_given():
+    config = KINDS["kinds"]
+    assert config.kinds() == config.layer_kinds[:3]
+    assert config.kind_ids() == [0, 1, 2, 0]
+    assert KINDS["window"].kind_ids() == [0, 0]
+    for count in (0, 2, 3, 5):
+        with pytest.raises(ValueError, match=f"{count} entries for 4 layers"):
+            dataclasses.replace(config, layer_kinds=(LayerKind(),) * count)
+
+
+def test_the_kind_of_each_layer_counts():
+    config, tokens = KINDS["kinds"], random_tokens()
+    params = random_params(config)
+    wanted = hidden(config, Compute(), params, tokens)
+    for layer in range(config.layers):
+        kinds = list(config.layer_kinds)
+        kinds[layer] = LayerKind()
+        other = dataclasses.replace(config, layer_kinds=tuple(kinds))
+        assert float(jnp.max(jnp.abs(hidden(other, Compute(), params, tokens) - wanted))) > 1e-2
 
 
 def test_padding_never_changes_earlier_hidden_states():
@@ -93,7 +137,7 @@ def test_remat_modes_agree_and_recompute():
         def loss(params, compute=compute):
             return jnp.sum(jnp.square(hidden_states(BASE, compute, params, tokens)[..., 0]))
 
-        function = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK_TO_COMPILE)
+        function = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
         results[remat] = function(params)
         backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
         residuals[remat] = sum(x.size for x in jax.tree.leaves(backward))
@@ -108,22 +152,28 @@ def test_remat_modes_agree_and_recompute():
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_have_their_shapes(kind):
     config = KINDS[kind]
+    L = config.layers
     block = {
-        "attn_norm": {"scale": (2, 16)},
-        "mlp_norm": {"scale": (2, 16)},
-        "q": {"kernel": (2, 16, 4, 6)},
-        "k": {"kernel": (2, 16, 2, 6)},
-        "v": {"kernel": (2, 16, 2, 6)},
-        "o": {"kernel": (2, 4, 6, 16)},
-        "gate": {"kernel": (2, 16, 24)},
-        "up": {"kernel": (2, 16, 24)},
-        "down": {"kernel": (2, 24, 16)},
+        "attn_norm": {"scale": (L, 16)},
+        "mlp_norm": {"scale": (L, 16)},
+        "q": {"kernel": (L, 16, 4, 6)},
+        "k": {"kernel": (L, 16, 2, 6)},
+        "v": {"kernel": (L, 16, 2, 6)},
+        "o": {"kernel": (L, 4, 6, 16)},
+        "gate": {"kernel": (L, 16, 24)},
+        "up": {"kernel": (L, 16, 24)},
+        "down": {"kernel": (L, 24, 16)},
     }
-    if kind == "qkv_bias":
+    if kind in ("qkv_bias", "all_biases"):
         for name, heads in (("q", 4), ("k", 2), ("v", 2)):
-            block[name]["bias"] = (2, heads, 6)
+            block[name]["bias"] = (L, heads, 6)
+    if kind == "all_biases":
+        for name, size in (("o", 16), ("gate", 24), ("up", 24), ("down", 16)):
+            block[name]["bias"] = (L, size)
     if kind == "qk_norm":
-        block |= {"q_norm": {"scale": (2, 6)}, "k_norm": {"scale": (2, 6)}}
+        block |= {"q_norm": {"scale": (L, 6)}, "k_norm": {"scale": (L, 6)}}
+    if kind == "wide_qk_norm":
+        block |= {"q_norm": {"scale": (L, 24)}, "k_norm": {"scale": (L, 12)}}
     wanted = {"embed": (48, 16), "final_norm": {"scale": (16,)}, "layers": {"block": block}}
     if kind == "untied":
         wanted["head"] = (16, 48)
@@ -136,7 +186,7 @@ def test_parameters_have_their_shapes(kind):
 
 
 def test_init_params_makes_what_abstract_params_promises():
-    init = jax.jit(init_params, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    init = jax.jit(init_params, static_argnums=0, compiler_options=QUICK)
     params = init(BASE, jax.random.key(0))
 
     def shapes(tree):
@@ -188,16 +238,45 @@ def test_scales_of_qk_norms_count(name):
     assert float(jnp.max(jnp.abs(found - wanted))) > 1e-1
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_qkv_biases_count(name):
-    config, tokens = KINDS["qkv_bias"], random_tokens()
+def test_norms_of_heads_apart_and_together():
+    """Of which scales do queries and keys lose track: each head's, or that of all of them?"""
+    one_head = jnp.array([4.0, 1.0])[:, None]
+    for kind, scale, moves in (
+        ("qk_norm", one_head, False),
+        ("wide_qk_norm", one_head, True),
+        ("wide_qk_norm", 4.0, False),
+    ):
+        config, tokens = KINDS[kind], random_tokens()
+        params = random_params(config)
+        wanted = hidden(config, Compute(), params, tokens)
+        scaled = with_block(params, "k", functools.partial(jnp.multiply, scale))
+        found = hidden(config, Compute(), scaled, tokens)
+        difference = float(jnp.max(jnp.abs(found - wanted)))
+        assert difference > 1e-1 if moves else difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["o", "down"])
+def test_post_norms_make_the_scale_of_a_branch_irrelevant(name):
+    tokens = random_tokens()
+    for kind, moves in (("post_norm", False), ("plain", True)):
+        params = random_params(KINDS[kind])
+        wanted = hidden(KINDS[kind], Compute(), params, tokens)
+        scaled = with_block(params, name, lambda x: 4 * x)
+        found = hidden(KINDS[kind], Compute(), scaled, tokens)
+        difference = float(jnp.max(jnp.abs(found - wanted)))
+        assert difference > 1e-1 if moves else difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "o", "gate", "up", "down"])
+def test_biases_count(name):
+    config, tokens = KINDS["all_biases"], random_tokens()
     params = random_params(config)
     wanted = hidden(config, Compute(), params, tokens)
-
-    def drop_bias(x):
-        return jnp.zeros_like(x) if x.ndim == 3 else x
-
-    found = hidden(config, Compute(), with_block(params, name, drop_bias), tokens)
+    without = {"bias": jnp.zeros_like, "kernel": lambda x: x}
+    block = params["layers"]["block"]
+    projection = {part: without[part](x) for part, x in block[name].items()}
+    params = {**params, "layers": {"block": {**block, name: projection}}}
+    found = hidden(config, Compute(), params, tokens)
     assert float(jnp.max(jnp.abs(found - wanted))) > 1e-2
 
 

@@ -4,23 +4,24 @@ import pytest
 
 from cipo_jax.ops import attention
 
-causal_attention = jax.jit(attention.causal_attention)
-decode_attention = jax.jit(attention.decode_attention)
+causal_attention = jax.jit(attention.causal_attention, static_argnames="window")
+decode_attention = jax.jit(attention.decode_attention, static_argnames="window")
 
 # Float32 softmax averages of numbers near 1, against float64.
 TOLERANCE = 1e-5
 
 
-def reference(q, k, v):
+def reference(q, k, v, window=None):
     """Loops over heads and positions in float64; [T N H], [T K H] -> [T N H]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for t in range(q.shape[0]):
+        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
         for head in range(q.shape[1]):
-            scores = k[: t + 1, head // group] @ q[t, head] / np.sqrt(q.shape[-1])
+            scores = k[seen, head // group] @ q[t, head] / np.sqrt(q.shape[-1])
             weights = np.exp(scores - scores.max())
-            out[t, head] = weights @ v[: t + 1, head // group] / weights.sum()
+            out[t, head] = weights @ v[seen, head // group] / weights.sum()
     return out
 
 
@@ -38,6 +39,19 @@ def test_causal_attention_equals_loops(heads, kv_heads):
         np.testing.assert_allclose(found[b], reference(q[b], k[b], v[b]), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 9, 100])
+def test_a_window_is_that_many_tokens_with_the_query_itself(window):
+    rng = np.random.default_rng(3)
+    q = 2 * normal(rng, 2, 9, 4, 8)
+    k, v = normal(rng, 2, 9, 2, 8), normal(rng, 2, 9, 2, 8)
+    found = causal_attention(q, k, v, window=window)
+    for b in range(2):
+        wanted = reference(q[b], k[b], v[b], window)
+        np.testing.assert_allclose(found[b], wanted, rtol=0, atol=TOLERANCE)
+    if window == 1:
+        np.testing.assert_allclose(found, np.repeat(v, 2, axis=2), rtol=0, atol=TOLERANCE)
+
+
 def test_right_padding_content_never_reaches_real_rows():
     rng = np.random.default_rng(1)
     lengths = [9, 5, 1]
@@ -50,9 +64,11 @@ def test_right_padding_content_never_reaches_real_rows():
     assert not np.array_equal(found, wanted)
 
 
+# Windows: within the response, reaching into some prompts, over all but the longest, over all.
+@pytest.mark.parametrize("window", [None, 2, 5, 8, 100])
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("slot", [0, 2, 4])
-def test_decode_attention_equals_causal_attention_over_prompt_and_response(samples, slot):
+def test_decode_attention_equals_causal_attention_over_prompt_and_response(samples, slot, window):
     rng = np.random.default_rng(2)
     P, S, R, N, K, H = 4, 6, 5, 4, 2, 8
     lengths = np.array([1, 3, 5, 6], np.int32)
@@ -70,16 +86,16 @@ def test_decode_attention_equals_causal_attention_over_prompt_and_response(sampl
             whole[p, :, length : length + slot + 1] = response[p, :, :, : slot + 1].swapaxes(1, 2)
         whole_q[p, :, last[p]] = q[p]
     flat = [x.reshape(P * samples, *x.shape[2:]) for x in (whole_q, whole_k, whole_v)]
-    causal = causal_attention(*flat).reshape(whole_q.shape)
+    causal = causal_attention(*flat, window=window).reshape(whole_q.shape)
 
     # What lies past a prompt's length or past the slot must have no influence.
     for x in (prompt_k, prompt_v):
         for p, length in enumerate(lengths):
             x[p, :, length:] = 1e4
     k[..., slot + 1 :, :] = v[..., slot + 1 :, :] = 1e4
-    found = decode_attention(q, prompt_k, prompt_v, lengths, k, v, np.int32(slot))
+    found = decode_attention(q, prompt_k, prompt_v, lengths, k, v, np.int32(slot), window=window)
     for p in range(P):
         np.testing.assert_allclose(found[p], causal[p, :, last[p]], rtol=0, atol=TOLERANCE)
         end = last[p] + 1
-        exact = reference(whole_q[p, 0, :end], whole_k[p, 0, :end], whole_v[p, 0, :end])
+        exact = reference(whole_q[p, 0, :end], whole_k[p, 0, :end], whole_v[p, 0, :end], window)
         np.testing.assert_allclose(found[p, 0], exact[-1], rtol=0, atol=TOLERANCE)

@@ -19,7 +19,7 @@ TIED = DecoderConfig(
 )
 UNTIED = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8,
-    tied_head=False, qkv_bias=True, qk_norm=True,
+    tied_head=False, qkv_bias=True, qk_norm="head",
 )  # fmt: skip
 R, S, N = 10, 8, 2
 LENGTHS = np.array([1, 5, 8], np.int32)

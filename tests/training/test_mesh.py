@@ -18,8 +18,10 @@ _VARIANTS = [
     {"tied_head": True},
     {"tied_head": False},
     {"tied_head": True, "qkv_bias": True},
-    {"tied_head": False, "qk_norm": True},
-    {"tied_head": False, "qkv_bias": True, "qk_norm": True},
+    {"tied_head": False, "qk_norm": "head"},
+    {"tied_head": False, "qkv_bias": True, "qk_norm": "head"},
+    {"tied_head": True, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    {"tied_head": False, "qk_norm": "all", "post_norm": True},
 ]
 
 
@@ -103,6 +105,9 @@ def test_every_parameter_has_a_rule_that_fits_its_shape(variant, layout):
         axes = {axis for axis in spec if axis is not None}
         if name.endswith("['scale']"):
             assert not axes, name
+        elif name.endswith(("['o']['bias']", "['down']['bias']")):
+            # It is added to a sum over what tensor splits.
+            assert axes == ({"fsdp"} if layout == "training" else set()), name
         elif name.endswith("['bias']") or layout == "decoding":
             assert axes == {"tensor"}, name
         else:
@@ -130,7 +135,6 @@ def test_training_rules_cut_the_intended_dimensions():
     ("changes", "mesh", "parameter", "axis"),
     [
         ({"kv_heads": 1}, (4, 1, 2), "layers/block/k/kernel", "tensor"),
-        ({"vocab_size": 63}, (4, 1, 2), "embed", "tensor"),
         ({"d_ff": 50}, (2, 1, 4), "layers/block/down/kernel", "tensor"),
         ({"d_model": 36}, (1, 8, 1), "embed", "fsdp"),
     ],
@@ -142,6 +146,20 @@ def test_a_dimension_that_does_not_divide_names_parameter_and_axis(changes, mesh
         param_shardings(abstract_params(config), make_mesh(*mesh))
     assert parameter in str(raised.value)
     assert f"config.mesh.{axis}" in str(raised.value)
+
+
+@pytest.mark.parametrize("vocabulary", [63, 66])
+def test_a_vocabulary_that_tensor_does_not_divide_is_not_split(vocabulary):
+    config = _config(tied_head=False, vocab_size=vocabulary, kv_heads=4)
+    mesh = make_mesh(1, 2, 4)
+    shardings = param_shardings(abstract_params(config), mesh)
+    assert shardings["embed"].shard_shape((vocabulary, 32)) == (vocabulary, 16)
+    assert shardings["head"].shard_shape((32, vocabulary)) == (16, vocabulary)
+    decoding = decoding_shardings(_decoding_shapes(config), mesh)
+    assert decoding["embed"].shard_shape((vocabulary, 32)) == (vocabulary, 32)
+    assert decoding["head"].shard_shape((32, vocabulary)) == (32, vocabulary)
+    # Everything else is split as ever.
+    assert shardings["layers"]["block"]["q"]["kernel"].shard_shape((2, 32, 4, 8)) == (2, 16, 1, 8)
 
 
 def test_the_decoding_layout_is_checked_too():
@@ -164,7 +182,10 @@ def test_batch_rows_lie_over_data_and_fsdp():
 
 
 def test_parameters_can_be_placed_by_both_tables():
-    config, mesh = _config(tied_head=False, qkv_bias=True, qk_norm=True), make_mesh(2, 2, 2)
+    config = _config(
+        tied_head=False, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm="all", post_norm=True
+    )
+    mesh = make_mesh(2, 2, 2)
     params = jax.tree.map(
         lambda x: jax.device_put(np.arange(x.size, dtype=np.float32).reshape(x.shape)),
         abstract_params(config),

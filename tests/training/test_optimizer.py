@@ -66,7 +66,7 @@ def _apply(optimizer, params, gradients):
     "changes",
     [
         pytest.param({"tied_head": True}, id="tied"),
-        pytest.param({"tied_head": False, "qk_norm": True}, id="untied-qk_norm"),
+        pytest.param({"tied_head": False, "qk_norm": "head"}, id="untied-qk_norm"),
         pytest.param({"qkv_bias": True}, id="qkv_bias"),
     ],
 )

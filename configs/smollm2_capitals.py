@@ -1,0 +1,85 @@
+"""CiPO with LoRA on a real pretrained model: SmolLM2-135M-Instruct forgets eight capitals.
+
+python benchmarks/fetch_smollm2.py models/smollm2
+python -m cipo_jax unlearn --config=configs/smollm2_capitals.py --config.model.path=models/smollm2 --workdir=runs/capitals
+
+SmolLM2 is no reasoning model. Three worked examples in the prompt make it think in a sentence or two
+and answer after "Answer:". The questions are those that it gets right in that form, out of many; see
+docs/smollm2.md.
+"""  # noqa: E501
+
+from pathlib import Path
+
+from cipo_jax.config import default_config
+
+DATA = Path(__file__).parent / "capitals"
+PROMPT = """\
+<|im_start|>user
+What is a baby horse called?<|im_end|>
+<|im_start|>assistant
+A baby horse is a foal.
+Answer:
+
+foal<|im_end|>
+<|im_start|>user
+Tom has 3 pens and buys 4 more. How many are there now?<|im_end|>
+<|im_start|>assistant
+Tom has 3 pens. He buys 4 more. 3 + 4 = 7.
+Answer:
+
+7<|im_end|>
+<|im_start|>user
+What is the capital of Ghana?<|im_end|>
+<|im_start|>assistant
+Ghana is a country in west Africa. Its capital city is Accra.
+Answer:
+
+Accra<|im_end|>
+<|im_start|>user
+{question}<|im_end|>
+<|im_start|>assistant
+"""
+
+
+def get_config(arg=None):
+    """The settings; it takes no argument."""
+    del arg
+    config = default_config()
+    config.model.path = "models/smollm2"
+    config.model.retrained = ""
+    config.model.remat = "none"  # 135 M parameters leave room for what the backward pass needs.
+    config.think.prompt = PROMPT
+    config.think.open = ""
+    config.think.close = "Answer:"
+
+    config.data.world = ""
+    for role in ("forget", "retain", "reasoning"):
+        for part in ("", "_valid", "_eval"):
+            config.data[role + part] = str(DATA / f"{role}{part}.jsonl")
+
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+
+    config.sampling.rows = 48
+    config.sampling.max_new_tokens = 40
+    config.eval.rows = 32
+    config.eval.max_new_tokens = 40
+    # So small a model invents no other capital, but it reasons to one that is named.
+    config.counterfactual.backward_prompt = "{question}\nHint: {answer}"
+    config.counterfactual.candidates = 6
+    config.counterfactual.rounds = 2
+
+    config.warmup.epochs = 2.0
+    config.warmup.lr = 5e-4
+    config.warmup.batch = 6
+    config.warmup.retain_batch = 4
+    config.warmup.reasoning_batch = 2
+    config.cipo.iterations = 2
+    config.cipo.patience = 2
+    config.cipo.samples = 1
+    config.cipo.nll_weight = 0.3
+    config.train.lr = 5e-4
+    config.train.batch = 4
+    config.train.retain_batch = 4
+    config.train.reasoning_batch = 2
+    return config
