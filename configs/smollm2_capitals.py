@@ -69,8 +69,9 @@ def get_config(arg=None):
     config.counterfactual.candidates = 6
     config.counterfactual.rounds = 2
 
-    config.warmup.epochs = 2.0
-    config.warmup.lr = 5e-4
+    config.warmup.epochs = 3.0
+    config.warmup.lr = 1e-3
+    config.warmup.warmup_steps = config.train.warmup_steps = 1
     config.warmup.batch = 6
     config.warmup.retain_batch = 4
     config.warmup.reasoning_batch = 2
@@ -78,7 +79,8 @@ def get_config(arg=None):
     config.cipo.patience = 2
     config.cipo.samples = 1
     config.cipo.nll_weight = 0.3
-    config.train.lr = 5e-4
+    config.train.epochs = 2.0
+    config.train.lr = 1e-3
     config.train.batch = 4
     config.train.retain_batch = 4
     config.train.reasoning_batch = 2

@@ -196,12 +196,14 @@ def _check_index(folder: Path, there: set[str]) -> None:
     if not path.is_file():
         return
     try:
-        named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        where = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not an index of safetensors files") from None
-    lost = sorted(named - there)
-    if lost:
-        raise UserError(f"{folder / lost[0]}: missing, though {path.name} names it; fetch it again")
+    for tensor, file in where.items():
+        if file not in there:
+            raise UserError(
+                f"{folder / file}: missing; {path.name} says that tensor {tensor} is in it"
+            )
 
 
 def _pickle_hint(folder: Path) -> str:
