@@ -1,4 +1,4 @@
-"""CiPO with LoRA on a real pretrained model: SmolLM2-135M-Instruct forgets eight capitals.
+"""CiPO with LoRA on a real pretrained model: SmolLM2-135M-Instruct forgets four capitals.
 
 python benchmarks/fetch_smollm2.py models/smollm2
 python -m cipo_jax unlearn --config=configs/smollm2_capitals.py --config.model.path=models/smollm2 --workdir=runs/capitals
@@ -57,16 +57,18 @@ def get_config(arg=None):
         for part in ("", "_valid", "_eval"):
             config.data[role + part] = str(DATA / f"{role}{part}.jsonl")
 
+    config.data.valid_rows = 8
+
     config.lora.rank = 16
     config.lora.alpha = 32.0
 
     config.sampling.rows = 48
-    config.sampling.max_new_tokens = 40
+    config.sampling.max_new_tokens = 32
     config.eval.rows = 32
     config.eval.max_new_tokens = 40
     # So small a model invents no other capital, but it reasons to one that is named.
     config.counterfactual.backward_prompt = "{question}\nHint: {answer}"
-    config.counterfactual.candidates = 6
+    config.counterfactual.candidates = 4
     config.counterfactual.rounds = 2
 
     config.warmup.epochs = 3.0

@@ -242,6 +242,8 @@ def torch():
     torch.set_num_threads(threads)
 
 
+# The golden files hold the same comparison with other weights, and are in the default tests.
+@pytest.mark.slow
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("case", CASES)
 def test_live_parity(case, tmp_path):

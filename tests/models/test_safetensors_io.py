@@ -246,6 +246,7 @@ def test_folders_saved_from_a_mesh_are_those_saved_from_one_device(sharded, tmp_
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_read_half_each_and_write_one_folder(sharded, tmp_path):
     folder, config = sharded("llama")
     with socket.socket() as s:

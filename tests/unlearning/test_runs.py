@@ -364,6 +364,7 @@ def test_a_run_with_adapters_that_was_killed_ends_in_the_same_bits(adapted, tmp_
         assert (workdir / file).read_bytes() == (adapted / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_kept(adapted):
     def size(folder):
         return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -377,6 +378,7 @@ def test_adapters_alone_are_trained_and_kept(adapted):
     assert logs[0]["nll/chosen"] > 1.5 * logs[-1]["nll/chosen"]
 
 
+@pytest.mark.slow
 def test_the_export_is_the_base_with_the_adapters_worked_into_it(adapted):
     import jax
 
@@ -394,6 +396,7 @@ def test_the_export_is_the_base_with_the_adapters_worked_into_it(adapted):
     assert moved["layers"]["block"]["q"]["kernel"] > 1e-4 and moved["embed"] == 0.0
 
 
+@pytest.mark.slow
 def test_peft_opens_the_adapters_of_a_run(adapted):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
@@ -410,6 +413,7 @@ def test_peft_opens_the_adapters_of_a_run(adapted):
     assert torch.allclose(one, two, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_go_on_from_a_folder_and_are_sampled_from(adapted, tmp_path):
     flags = ("--config=configs/quickstart.py", f"--config.lora.path={adapted / 'adapter'}")
     question = json.loads((adapted / "evals" / "after.jsonl").open().readline())["question"]
