@@ -16,7 +16,6 @@ def get_config(arg=None):
     config = long_reasoning_config()
     config.model.path = "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"
     config.data.forget = f"{folder}:forget10"
-    config.data.forget_eval = f"{folder}:forget10"
     config.data.retain = f"{folder}:retain90"
     # Answers are whole sentences: what a rollout gives away shows in their words, not as one fact.
     config.cipo.reject = "all"

@@ -15,7 +15,6 @@ def get_config(arg=None):
     config = long_reasoning_config()
     config.model.path = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
     config.data.forget = f"{folder}:forget10"
-    config.data.forget_eval = f"{folder}:forget10"
     config.data.retain = f"{folder}:retain90"
     # Answers are whole sentences: what a rollout gives away shows in their words, not as one fact.
     config.cipo.reject = "all"

@@ -220,6 +220,11 @@ def read_fields(folder: str | Path) -> Fields:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; config.model.path must be a Hugging Face folder")
+    return read_object(path)
+
+
+def read_object(path: Path) -> Fields:
+    """The JSON object that a file holds; raises UserError where it holds none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

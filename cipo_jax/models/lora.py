@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig, abstract_params, base_of, merged
+from cipo_jax.models.hf_config import read_object
 from cipo_jax.models.hub import resolve
 from cipo_jax.models.safetensors_io import (
     PROJECTIONS,
@@ -212,10 +213,7 @@ def read_lora(folder: str | Path) -> Lora:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; config.lora.path must be a folder made by PEFT")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    fields = read_object(path)
     if fields.get("peft_type") != "LORA":
         raise UserError(f"{path}: field 'peft_type' = {fields.get('peft_type')!r}: must be 'LORA'")
     for name, value in fields.items():

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cipo_jax.data.think import ThinkFormat
-from cipo_jax.errors import UserError
 from cipo_jax.models import hub, safetensors_io
 from cipo_jax.models.decoder import Compute, DecoderConfig
-from cipo_jax.models.hf_config import Fields, read_config, read_fields
+from cipo_jax.models.hf_config import Fields, read_config, read_fields, read_object
 from cipo_jax.typing import Params
 
 NEVER_SAW = "never_saw.json"
@@ -81,12 +80,7 @@ class ReasoningModel:
 
 def _read_generation(folder: Path) -> Fields | None:
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    return read_object(path) if path.is_file() else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -306,7 +306,8 @@ def test_repeated_questions_of_others_are_left_out_and_counted(tmp_path):
 def test_nothing_is_warned_of_without_need(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_examples(_file(tmp_path, R_TOFU, R_TOFU_PERTURBED))
+        examples = read_examples(_file(tmp_path, R_TOFU, R_TOFU_PERTURBED))
+    assert len(examples) == 2
 
 
 # ---- folders
