@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from cipo_jax import __version__
 from cipo_jax.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cipo: no command {name!r}{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     _quiet_libraries()
+    _keep_programs()
     try:
         return importlib.import_module(f"cipo_jax.commands.{name}").run(argv[1:])
     except UserError as error:
@@ -66,6 +68,15 @@ def _quiet_libraries() -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+
+
+def _keep_programs() -> None:
+    """Has JAX keep what it compiles for the next process, unless the user says where or not at all.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "cipo_jax" / "programs"))
 
 
 if __name__ == "__main__":

@@ -143,10 +143,16 @@ class ForgetConfig:
 class SamplingConfig:
     """How rollouts are drawn from the current model."""
 
-    rows: int = setting(64, 1)  # completions decoded at a time
+    rows: int = setting(64, 0)  # completions decoded at a time, at most; 0 for as many as fit
+    chunk: int = setting(32, 1)  # decoding steps between two looks at what has ended
+    int8_cache: bool = False  # keys and values as int8: more rows fit, what is drawn differs a bit
     max_new_tokens: int = setting(96, 1)
     temperature: float = setting(1.0, 0.0)  # 0 is greedy
     top_p: float = setting(1.0, 0.0, 1.0)
+    top_k: int = setting(0, 0)  # 0 keeps everything
+    min_p: float = setting(0.0, 0.0, 1.0)  # relative to the most likely token's probability
+    repetition_penalty: float = setting(1.0, 0.01)  # 1 for none
+    think_budget: int = setting(0, 0)  # tokens of thought, then it is closed by force; 0 for no end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +235,7 @@ class EvalConfig:
     """How models are evaluated: greedily, as the papers do."""
 
     max_new_tokens: int = setting(96, 1)
-    rows: int = setting(64, 1)
+    rows: int = setting(64, 0)  # at a time; 0 for as many as fit
 
 
 @dataclasses.dataclass(frozen=True)

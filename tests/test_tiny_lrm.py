@@ -32,12 +32,8 @@ def ask():
             loaded[name] = model, sampler, sampler.prepare(model.load_params())
         model, sampler, params = loaded[name]
         requests = [Request(model.format.prompt_ids(e.question), i) for i, e in enumerate(examples)]
-        # The longest prompt of the world, so that one program serves all.
-        slots = 32
-        rows = []
-        for batch, count in sampler.batches(requests):
-            rules = Rules(96, (model.format.eos_id,))
-            rows += sampler.run(params, batch, rules, jax.random.key(0), 1, slots)[:count]
+        rules = Rules(96, (model.format.eos_id,))
+        rows = sampler.sample(params, requests, rules, jax.random.key(0))
         return [
             judge(example, model.format.split(completion.ids), "test")
             for example, (completion,) in zip(examples, rows, strict=True)

@@ -104,6 +104,25 @@ def read_examples(source: str | Path, required: Sequence[str] = ()) -> list[Exam
     return examples
 
 
+def read_questions(path: str | Path) -> list[str]:
+    """Reads the field "question" of each line of a JSON Lines file; other fields are not read.
+
+    Raises:
+      UserError: naming the file and the line, where there is none.
+    """
+    questions = []
+    for number, row in _rows(Path(path)):
+        question = row.get("question") if isinstance(row, dict) else None
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(
+                f'{path}:{number}: field \'question\' is missing; a line is {{"question": "..."}}'
+            )
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: holds no questions")
+    return questions
+
+
 def read_lines(path: str | Path) -> list[str]:
     """Reads a file with a text in each line: plain, or as JSON strings.
 

@@ -215,6 +215,14 @@ class ThinkFormat:
 
     # ---- text to ids
 
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text of our own, whose tags are control tokens."""
+        return self._encode(text) if text else []
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self._decode(ids)
+
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 

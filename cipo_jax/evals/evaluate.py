@@ -1,7 +1,6 @@
 """Evaluates a model: greedy generations on each split, judged, and the scores of them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -14,50 +13,33 @@ from cipo_jax.typing import Params
 Scores = dict[str, dict[str, float]]
 
 
-def evaluation_batches(
-    sampler: Sampler, format: ThinkFormat, splits: Mapping[str, Sequence[Example]]
-) -> list[Any]:
-    """The work of an evaluation, cut into batches that `generate_rows` takes.
-
-    All splits share one prompt length, so that evaluating compiles one program.
-    """
-    prompts = {name: [format.prompt_ids(e.question) for e in rows] for name, rows in splits.items()}
-    longest = max((len(p) for rows in prompts.values() for p in rows), default=1)
-    batches = []
-    for name, rows in splits.items():
-        requests = [Request(prompt, i) for i, prompt in enumerate(prompts[name])]
-        for batch, count in sampler.batches(requests):
-            batches.append((name, longest, batch, [rows[r.item] for r in batch[:count]]))
-    return batches
-
-
-def generate_rows(
-    sampler: Sampler, format: ThinkFormat, params: Params, max_new_tokens: int
-) -> Callable[[Any], list[Row]]:
-    """A function from one of `evaluation_batches` to its judged rows.
+def judged(
+    sampler: Sampler,
+    format: ThinkFormat,
+    params: Params,
+    questions: Sequence[tuple[str, Example]],
+    max_new_tokens: int,
+) -> Iterator[tuple[int, Row]]:
+    """Asks questions and judges what is said, each as soon as it is over.
 
     Args:
       sampler: of the model.
       format: of the model.
       params: decoding layout.
+      questions: the split that each belongs to, and the question.
       max_new_tokens: a generation that is not over by then has not closed its think block or has
         no end; either way it is judged as it stands.
+
+    Yields:
+      (index of the question, its judged row).
     """
-    from cipo_jax.data.batches import bucket
-
     rules = rules_of(format, max_new_tokens)
-
-    def work(batch: Any) -> list[Row]:
-        split, longest, requests, examples = batch
-        key = jax.random.key(0)  # Greedy decoding draws nothing.
-        completions = sampler.run(params, requests, rules, key, 1, bucket(longest))
-        rows = []
-        for example, (completion,) in zip(examples, completions, strict=False):
-            row = judge(example, format.split(completion.ids), split)
-            rows.append(row | {"tokens": len(completion.ids), "ids": completion.ids})
-        return rows
-
-    return work
+    requests = [Request(format.prompt_ids(e.question), i) for i, (_, e) in enumerate(questions)]
+    # Greedy decoding draws nothing.
+    for completion in sampler.stream(params, requests, rules, jax.random.key(0)):
+        split, example = questions[completion.item]
+        row = judge(example, format.split(completion.ids), split)
+        yield completion.item, row | {"tokens": len(completion.ids), "ids": completion.ids}
 
 
 def scores(rows: Sequence[Row], words: frozenset[str]) -> Scores:

@@ -1,4 +1,8 @@
-"""Drawing the next token: greedy, temperature, top-p. Arrays in, arrays out."""
+"""Drawing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+Arrays in, arrays out. The order of the rules is that of Hugging Face's ``generate``: penalty,
+temperature, top-k, top-p, min-p.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +41,37 @@ def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"
     return (probs >= low) | (probs == high)
 
 
+def top_k_mask(logits: Float[Array, "*B V"], top_k: int) -> Bool[Array, "*B V"]:
+    """The `top_k` most likely tokens, and whatever ties with the last of them."""
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return logits >= kth
+
+
+def min_p_mask(logits: Float[Array, "*B V"], min_p: float) -> Bool[Array, "*B V"]:
+    """Tokens at least `min_p` times as likely as the most likely one (arXiv 2407.01082)."""
+    return logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+
+
+def penalise(
+    logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: float
+) -> Float[Array, "*B V"]:
+    """Makes tokens that were seen less likely: l / penalty if l > 0, else l * penalty (CTRL)."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def draw(
     logits: Float[Array, "B V"],
     keys: Array,
     temperature: float,
-    top_p: float,
+    top_p: float = 1.0,
     vocabulary: int = 0,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    *,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seen: Bool[Array, "B V"] | None = None,
+    forced: Int[Array, " B"] | None = None,
+) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """Draws one token a row.
 
     Args:
@@ -52,20 +80,42 @@ def draw(
       temperature: 0 takes the most likely token.
       top_p: nucleus, applied after the temperature; 1 keeps everything.
       vocabulary: ids from here on are never drawn; 0 for none.
+      top_k: most likely tokens that are kept; 0 keeps everything.
+      min_p: least probability that is kept, relative to the most likely token's; 0 for all.
+      repetition_penalty: see `penalise`; 1 for none.
+      seen: the tokens that the penalty is for.
+      forced: ids to take in place of a draw; -1 where a row is free.
 
     Returns:
-      Token ids, and their log-probabilities under the model itself (temperature 1, no nucleus).
+      Token ids; their log-probabilities under the model itself (temperature 1, no rule); and their
+      log-probabilities under the distribution that they were drawn from, which is 0 for greedy
+      and forced tokens.
     """
     logits = logits.astype(jnp.float32)
     allowed = logits
+    if seen is not None and repetition_penalty != 1.0:
+        allowed = penalise(allowed, seen, repetition_penalty)
     if 0 < vocabulary < logits.shape[-1]:
-        allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, logits, -jnp.inf)
+        allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, allowed, -jnp.inf)
     if temperature == 0.0:
         ids = jnp.argmax(allowed, axis=-1)
+        drawn_logps = jnp.zeros(ids.shape, jnp.float32)
     else:
         warm = allowed / temperature
+        if top_k:
+            warm = jnp.where(top_k_mask(warm, top_k), warm, -jnp.inf)
         if top_p < 1.0:
             warm = jnp.where(top_p_mask(warm, top_p), warm, -jnp.inf)
+        if min_p > 0.0:
+            warm = jnp.where(min_p_mask(warm, min_p), warm, -jnp.inf)
         ids = jax.vmap(jax.random.categorical)(keys, warm)
-    logps = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return ids.astype(jnp.int32), logps - jax.nn.logsumexp(logits, axis=-1)
+        drawn_logps = _at(warm, ids) - jax.nn.logsumexp(warm, axis=-1)
+    if forced is not None:
+        drawn_logps = jnp.where(forced >= 0, 0.0, drawn_logps)
+        ids = jnp.where(forced >= 0, forced, ids)
+    logps = _at(logits, ids) - jax.nn.logsumexp(logits, axis=-1)
+    return ids.astype(jnp.int32), logps, drawn_logps
+
+
+def _at(scores: Array, ids: Array) -> Array:
+    return jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]

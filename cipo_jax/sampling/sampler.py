@@ -1,91 +1,250 @@
-"""The sampler as a library: prompts in, completions out, in batches of one shape.
+"""The sampler as a library: requests in, completions out as they finish.
 
-A row's result depends on its own prompt, item id and sample index alone; which rows share its batch
-is a matter of speed.
+A completion depends on its own prompt, item id, sample index and seed; which rows share its batch,
+how many there are and in what order they come is a matter of speed.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cipo_jax.data.batches import bucket, fixed_batches
 from cipo_jax.data.think import ThinkFormat
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.decode import (
-    STOPPED_BY_ID,
-    Completions,
-    Decoding,
-    Rules,
-    completions,
-    decode,
-    generate,
-    prefill,
-)
-from cipo_jax.training.mesh import batch_sharding, decoding_shardings, replicated
+from cipo_jax.sampling import decode as device
+from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.schedule import Admission, Move, Schedule, Shape, Task, prefill_batches
+from cipo_jax.training.mesh import BATCH, batch_sharding, decoding_shardings, replicated
 from cipo_jax.typing import Array, Params
+
+Stop = Literal["id", "text", "length"]
+Detokenize = Callable[[Sequence[int]], str]
 
 
 class Request(NamedTuple):
-    """A prompt to complete, and the id that its randomness is addressed by."""
+    """A prompt to complete.
+
+    Attributes:
+      prompt: its token ids.
+      item: the id that its randomness is addressed by.
+      prefill: how the completion is made to begin; it is not part of what is returned.
+      max_new_tokens: where it differs from that of the rules.
+    """
 
     prompt: Sequence[int]
     item: int
+    prefill: Sequence[int] = ()
+    max_new_tokens: int | None = None
 
 
-class Completion(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Completion:
     """One sampled row.
 
     Attributes:
-      ids: token ids, its stop id included.
+      item: of its request.
+      sample: its number among the samples of its request.
+      ids: the token ids that were drawn, its stop id included.
       logps: their log-probabilities under the model at temperature 1.
-      stopped: whether it ended by a stop id rather than by length.
+      drawn_logps: those under the distribution that they were drawn from.
+      stop: why it ended.
+      seconds: from its start to its end, as the host saw them.
     """
 
+    item: int
+    sample: int
     ids: list[int]
     logps: list[float]
-    stopped: bool
+    drawn_logps: list[float]
+    stop: Stop
+    seconds: float = dataclasses.field(compare=False)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it came to an end of its own, rather than to the greatest length."""
+        return self.stop != "length"
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.ids) / self.seconds if self.seconds else 0.0
 
 
 def rules_of(
-    format: ThinkFormat, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    format: ThinkFormat,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    **more: Any,
 ) -> Rules:
     """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks."""
-    return Rules(max_new_tokens, format.stop_ids, temperature, top_p, format.vocabulary)
+    return Rules(
+        max_new_tokens,
+        format.stop_ids,
+        temperature,
+        top_p,
+        format.vocabulary,
+        close_ids=tuple(format.close_ids),
+        **more,
+    )
+
+
+def rules_of_settings(format: ThinkFormat, settings: Any, stop_texts: Sequence[str] = ()) -> Rules:
+    """The rules that a config.SamplingConfig asks for."""
+    return rules_of(
+        format,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        think_budget=settings.think_budget,
+        stop_texts=tuple(stop_texts),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples completions of prompts, `rows` at a time.
+    """Samples completions of prompts, up to `rows` at a time.
 
     Attributes:
       config: the model's shape.
       compute: dtype and kernels of decoding.
       mesh: where rows (data x fsdp) and heads (tensor) lie.
-      rows: completions decoded at a time.
+      rows: completions decoded at a time, at most.
+      chunk: decoding steps that the device makes before the host looks at them.
+      int8_cache: whether keys and values are kept as int8; changes what is drawn a little.
     """
 
     config: DecoderConfig
     compute: Compute
     mesh: Mesh
     rows: int = 64
+    chunk: int = 32
+    int8_cache: bool = False
+
+    def prepare(self, params: Params) -> Params:
+        """Training layout (and adapters) -> decoding layout, on this sampler's mesh."""
+        return self._prepare(params)
+
+    def sample(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int = 1,
+        detokenize: Detokenize | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of each request, in order; arguments as in `stream`."""
+        made = dict(self.stream_requests(params, requests, rules, key, samples, detokenize))
+        return [made[i] for i in range(len(requests))]
+
+    def stream_requests(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int = 1,
+        detokenize: Detokenize | None = None,
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Yields (index of a request, its completions) once the last of them has finished."""
+        made: dict[int, dict[int, Completion]] = {}
+        for task, completion, over in self._run(params, requests, rules, key, samples, detokenize):
+            if not over:
+                continue
+            of_request = made.setdefault(task.request, {})
+            of_request[task.sample] = completion
+            if len(of_request) == samples:
+                yield task.request, [of_request[i] for i in range(samples)]
+                del made[task.request]
+
+    def stream(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int = 1,
+        detokenize: Detokenize | None = None,
+    ) -> Generator[Completion, None, None]:
+        """Yields completions as they finish.
+
+        Closing the iterator ends the work; nothing is left on the device but what it is doing.
+        With several processes all of them make the same calls and get the same completions.
+
+        Args:
+          params: from `prepare`.
+          requests: prompts and item ids.
+          rules: how to draw and when to stop.
+          key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample).
+          samples: completions of each request; they share the keys and values of its prompt.
+          detokenize: ids to text, where the rules have stop texts.
+
+        Raises:
+          ValueError: for an empty prompt, or stop texts without `detokenize`.
+        """
+        for _, completion, over in self._run(params, requests, rules, key, samples, detokenize):
+            if over:
+                yield completion
+
+    def stream_parts(
+        self,
+        params: Params,
+        request: Request,
+        rules: Rules,
+        key: Array,
+        detokenize: Detokenize | None = None,
+    ) -> Iterator[Completion]:
+        """Yields one completion as it grows, `chunk` tokens at a time; the last is the whole."""
+        for _, completion, _ in self._run(params, [request], rules, key, 1, detokenize):
+            yield completion
+
+    def programs(self) -> list[str]:
+        """The decoding programs that this sampler has used, a line each."""
+        return sorted(self._used)
+
+    def _run(
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int,
+        detokenize: Detokenize | None,
+    ) -> Iterator[tuple[Task, Completion, bool]]:
+        if rules.stop_texts and detokenize is None:
+            raise ValueError("stop texts need `detokenize`, which makes text of ids")
+        empty = [i for i, request in enumerate(requests) if not (*request.prompt, *request.prefill)]
+        if empty:
+            raise ValueError(f"request {empty[0]} has an empty prompt")
+        if requests:
+            yield from _Run(self, params, requests, rules, key, samples, detokenize).events()
+
+    # ---- the device's programs
 
     @cached_property
-    def _generate(self) -> Any:
-        by_row, everywhere = batch_sharding(self.mesh), replicated(self.mesh)
-        return jax.jit(
-            generate,
-            static_argnums=(0, 1, 2),
-            in_shardings=(self._shardings, by_row, by_row, by_row),
-            out_shardings=everywhere,
-        )
+    def _used(self) -> dict[str, None]:
+        return {}
+
+    @property
+    def _shards(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def _least_rows(self) -> int:
+        """XLA's CPU compiler is very slow at bfloat16 products of fewer rows."""
+        cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return 8 if cpu and self.compute.dtype == "bfloat16" else 1
 
     @cached_property
-    def _shardings(self) -> Params:
+    def _params_shardings(self) -> Params:
         layout = jax.eval_shape(
             lambda p: decoding_layout(self.config, p, self.compute.dtype),
             abstract_params(self.config),
@@ -96,130 +255,328 @@ class Sampler:
     def _prepare(self) -> Any:
         return jax.jit(
             lambda p: decoding_layout(self.config, p, self.compute.dtype),
-            out_shardings=self._shardings,
+            out_shardings=self._params_shardings,
         )
 
-    def prepare(self, params: Params) -> Params:
-        """Training layout (and adapters) -> decoding layout, on this sampler's mesh."""
-        return self._prepare(params)
+    def _over(self, *axes: Any) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def programs(self) -> int:
-        """Decoding programs compiled so far, by all samplers of this model on this mesh."""
-        return self._generate._cache_size()
+    @cached_property
+    def _prompts_sharding(self) -> device.Prompts:
+        by_group = batch_sharding(self.mesh)
+        return device.Prompts(by_group, by_group, by_group, self._over(*BATCH, "tensor"))  # type: ignore[arg-type]
 
-    def batches(
-        self, requests: Sequence[Request], samples: int = 1
-    ) -> Iterator[tuple[list[Request], int]]:
-        """Cuts requests into batches of one size: (requests, how many of them count)."""
-        # Rows of a batch must divide over the mesh.
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        size = bucket(max(self.rows // samples, 1), shards)
-        return fixed_batches(requests, size)
+    @cached_property
+    def _decoding_sharding(self) -> device.Decoding:
+        cache = self._over(*BATCH, "tensor")
+        return device.Decoding(replicated(self.mesh), batch_sharding(self.mesh), cache)  # type: ignore[arg-type]
 
-    def stream(
-        self,
-        params: Params,
-        requests: Sequence[Request],
-        rules: Rules,
-        key: Array,
-        samples: int = 1,
-    ) -> Iterator[list[list[Completion]]]:
-        """Yields, batch by batch and in order, the `samples` completions of each request.
-
-        Args:
-          params: from `prepare`.
-          requests: prompts and item ids.
-          rules: how to draw and when to stop.
-          key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample).
-          samples: completions per request.
-        """
-        if not requests:
-            return
-        longest = bucket(max(len(r.prompt) for r in requests))
-        for batch, count in self.batches(requests, samples):
-            yield self.run(params, batch, rules, key, samples, longest)[:count]
-
-    def run(
-        self,
-        params: Params,
-        batch: Sequence[Request],
-        rules: Rules,
-        key: Array,
-        samples: int,
-        prompt_slots: int,
-    ) -> list[list[Completion]]:
-        """Completes one batch, its prompts padded to `prompt_slots`."""
-        inputs = _inputs(batch, key, samples, prompt_slots)
-        out: Completions = jax.device_get(
-            self._generate(self.config, self.compute, rules, params, *inputs)
-        )
-        return [[_row(out, i, j) for j in range(samples)] for i in range(len(batch))]
-
-    def stream_tokens(
-        self, params: Params, request: Request, rules: Rules, key: Array, chunk: int = 8
-    ) -> Iterator[Completion]:
-        """Yields one completion as it grows, `chunk` tokens at a time; the last is the whole.
-
-        The next chunk is under way on the device while the present one is read. Its ids are those
-        that `run` gives.
-        """
-        (batch, _), *_ = self.batches([request])
-        inputs = _inputs(batch, key, 1, bucket(len(request.prompt)))
-        state: Decoding = self._prefill(self.config, self.compute, rules, params, *inputs)
-        while True:
-            now = self._so_far(rules, state)  # Before the state is donated.
-            state = self._decode(self.config, self.compute, rules, params, state, chunk)
-            completion = _row(jax.device_get(now), 0, 0)
-            yield completion
-            if completion.stopped or len(completion.ids) == rules.max_new_tokens:
-                return
+    @cached_property
+    def _empty(self) -> Any:
+        made = (self._prompts_sharding, self._decoding_sharding)
+        return jax.jit(device.empty, static_argnums=(0, 1, 2, 3, 4), out_shardings=made)
 
     @cached_property
     def _prefill(self) -> Any:
-        by_row = batch_sharding(self.mesh)
         return jax.jit(
-            prefill,
-            static_argnums=(0, 1, 2),
-            in_shardings=(self._shardings, by_row, by_row, by_row),
+            device.prefill, static_argnums=(0, 1, 2, 3), out_shardings=self._prompts_sharding
         )
 
     @cached_property
     def _decode(self) -> Any:
-        return jax.jit(decode, static_argnums=(0, 1, 2, 5), donate_argnums=4)
+        return jax.jit(
+            device.decode,
+            static_argnums=(0, 1, 2, 3),
+            donate_argnums=6,
+            out_shardings=(self._decoding_sharding, replicated(self.mesh)),
+        )
+
+    # The others are small: those of a cache work on one layer at a time, so that they are compiled
+    # once for all and need no second cache.
+
+    def _jit(self, function: Any, made: Any, **options: Any) -> Any:
+        return jax.jit(function, out_shardings=made, **options)
 
     @cached_property
-    def _so_far(self) -> Any:
-        return jax.jit(completions, static_argnums=0, out_shardings=replicated(self.mesh))
+    def _put_groups(self) -> Any:
+        return self._jit(device.put_groups, batch_sharding(self.mesh), donate_argnums=0)
+
+    @cached_property
+    def _put_layer(self) -> Any:
+        return self._jit(device.put_groups, self._over(*BATCH, "tensor"), donate_argnums=0)
+
+    # Within a batch what is copied is read as well, and cannot be given away.
+
+    @cached_property
+    def _copy_groups(self) -> Any:
+        return self._jit(device.put_groups, batch_sharding(self.mesh))
+
+    @cached_property
+    def _copy_layer(self) -> Any:
+        return self._jit(device.put_groups, self._over(*BATCH, "tensor"))
+
+    @cached_property
+    def _start_rows(self) -> Any:
+        made = batch_sharding(self.mesh)
+        return self._jit(device.start_rows, made, donate_argnums=0, static_argnums=2)
+
+    @cached_property
+    def _end_rows(self) -> Any:
+        return self._jit(device.end_rows, batch_sharding(self.mesh), donate_argnums=0)
+
+    @cached_property
+    def _take_groups(self) -> Any:
+        return self._jit(device.take_groups, batch_sharding(self.mesh))
+
+    @cached_property
+    def _take_prompts(self) -> Any:
+        return self._jit(device.take_prompts, self._over(*BATCH, "tensor"), static_argnums=2)
+
+    @cached_property
+    def _take_rows(self) -> Any:
+        return self._jit(device.take_rows, batch_sharding(self.mesh))
+
+    @cached_property
+    def _take_ring(self) -> Any:
+        made = self._over(*BATCH, "tensor")
+        return self._jit(device.take_ring, made, static_argnums=3)
 
 
-def _inputs(
-    batch: Sequence[Request], key: Array, samples: int, prompt_slots: int
-) -> tuple[np.ndarray, np.ndarray, Array]:
-    """Padded prompts, their lengths, and the keys of their samples."""
-    prompts = np.zeros((len(batch), prompt_slots), np.int32)
-    for i, request in enumerate(batch):
-        prompts[i, : len(request.prompt)] = request.prompt
-    lengths = np.array([len(r.prompt) for r in batch], np.int32)
-    return prompts, lengths, _row_keys(key, np.array([r.item for r in batch], np.uint32), samples)
+class _Run:
+    """One call of the sampler: its schedule, and what is on the device."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Params,
+        requests: Sequence[Request],
+        rules: Rules,
+        key: Array,
+        samples: int,
+        detokenize: Detokenize | None,
+    ):
+        self._sampler, self._params, self._requests = sampler, params, requests
+        self._rules, self._on_device = rules, rules.on_device()
+        # As numbers, since every process has to be able to hand it in.
+        self._key, self._key_impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
+        self._detokenize = detokenize
+        self._prompts = [[*request.prompt, *request.prefill] for request in requests]
+        self._limits = [request.max_new_tokens or rules.max_new_tokens for request in requests]
+        self._schedule = Schedule(
+            [len(prompt) for prompt in self._prompts],
+            self._limits,
+            samples,
+            sampler.rows,
+            sampler.chunk,
+            sampler._shards,
+            sampler._least_rows,
+        )
+        self._made: dict[Task, Completion] = {}
+        self._started: dict[Task, float] = {}
+        self._chunks: list[device.Chunk] = []
+        self._prompt_state, self._decoding = sampler._empty(
+            sampler.config,
+            sampler.compute,
+            self._on_device,
+            sampler.int8_cache,
+            tuple(self._schedule.shape),
+        )
+
+    def events(self) -> Iterator[tuple[Task, Completion, bool]]:
+        """(task, what it has come to, whether it is over), whenever a flight has come back."""
+        schedule = self._schedule
+        while not schedule.done:
+            # One flight is looked at while the next is under way.
+            while len(schedule.flights) < 2:
+                self._give_work()
+                self._fly()
+            yield from self._land()
+
+    # ---- host to device
+
+    def _give_work(self) -> None:
+        admission = self._schedule.admit()
+        if move := self._schedule.widen(admission):
+            self._move(move)
+        if admission.start:
+            self._enter(admission)
+        if move := self._schedule.move():
+            self._move(move)
+
+    def _enter(self, admission: Admission) -> None:
+        sampler, shape = self._sampler, self._schedule.shape
+        requests = [request for request, _ in admission.prefill]
+        lengths = [len(self._prompts[request]) for request in requests]
+        for part, rows, slots in prefill_batches(lengths, sampler.rows, sampler._shards):
+            into = np.full(rows, shape.groups, np.int32)
+            ids = np.zeros((rows, slots), np.int32)
+            real = np.ones(rows, np.int32)
+            for row, i in enumerate(part):
+                into[row], real[row] = admission.prefill[i][1], lengths[i]
+                ids[row, : lengths[i]] = self._prompts[requests[i]]
+            new = sampler._prefill(
+                sampler.config,
+                sampler.compute,
+                self._on_device.for_prompts(),
+                sampler.int8_cache,
+                self._params,
+                ids,
+                real,
+            )
+            self._put(new, np.arange(rows, dtype=np.int32), into)
+        if admission.copy:
+            source, into = np.full((2, shape.groups), shape.groups, np.int32)
+            for i, (a, b) in enumerate(admission.copy):
+                source[i], into[i] = a, b
+            self._put(self._prompt_state, np.minimum(source, shape.groups - 1), into)
+        self._start(admission.start)
+
+    def _put(self, new: device.Prompts, source: np.ndarray, into: np.ndarray) -> None:
+        sampler, old = self._sampler, self._prompt_state
+        within = new is old
+        put_layer = sampler._copy_layer if within else sampler._put_layer
+        put_groups = sampler._copy_groups if within else sampler._put_groups
+        cache = [
+            put_layer(kv, other, source, into)
+            for kv, other in zip(old.cache, new.cache, strict=True)
+        ]
+        heads = put_groups(old._replace(cache=[]), new._replace(cache=[]), source, into)
+        self._prompt_state = heads._replace(cache=cache)
+
+    def _start(self, starts: Sequence[tuple[int, int, Task]]) -> None:
+        shape = self._schedule.shape
+        by_row = (shape.groups, shape.width)
+        start, closed = np.zeros((2, *by_row), bool)
+        items, samples = np.zeros((2, *by_row), np.uint32)
+        limits = np.zeros(by_row, np.int32)
+        for group, row, task in starts:
+            at, request = (group, row), self._requests[task.request]
+            start[at], closed[at] = True, _contains(request.prefill, self._rules.close_ids)
+            items[at], samples[at] = request.item, task.sample
+            limits[at] = self._limits[task.request]
+            self._made[task] = Completion(request.item, task.sample, [], [], [], "length", 0.0)
+            self._started[task] = time.monotonic()
+        rows = self._sampler._start_rows(
+            self._decoding.rows,
+            self._key,
+            self._key_impl,
+            start,
+            items,
+            samples,
+            limits,
+            closed,
+        )
+        self._decoding = self._decoding._replace(rows=rows)
+
+    def _move(self, move: Move) -> None:
+        sampler, old, new = self._sampler, self._schedule.shape, move.shape
+        groups, rows = np.array(move.groups, np.int32), np.array(move.rows, np.int32)
+        prompts, decoding = self._prompt_state, self._decoding
+        if (old.groups, old.prompt_slots) != (new.groups, new.prompt_slots):
+            cache = [sampler._take_prompts(kv, groups, new.prompt_slots) for kv in prompts.cache]
+            heads = sampler._take_groups(prompts._replace(cache=[]), groups)
+            self._prompt_state = heads._replace(cache=cache)
+        if (old.groups, old.width) != (new.groups, new.width):
+            decoding = decoding._replace(rows=sampler._take_rows(decoding.rows, rows))
+        if old._replace(prompt_slots=0) != new._replace(prompt_slots=0):
+            ring = list(decoding.cache)
+            decoding = decoding._replace(cache=[])
+            self._decoding = decoding  # Each layer's old ring goes as its new one comes.
+            for i, kv in enumerate(ring):
+                ring[i] = sampler._take_ring(kv, rows, decoding.head, new.ring_slots)
+            head = np.int32(device.turned_head(old.ring_slots, new.ring_slots))
+            head = jax.device_put(head, replicated(sampler.mesh))
+            decoding = decoding._replace(cache=ring, head=head)
+        self._decoding = decoding
+        self._schedule.moved(move)
+
+    def _fly(self) -> None:
+        sampler, schedule = self._sampler, self._schedule
+        sampler._used[_named(schedule.shape, self._on_device)] = None
+        self._decoding, chunk = sampler._decode(
+            sampler.config,
+            sampler.compute,
+            self._on_device,
+            sampler.chunk,
+            self._params,
+            self._prompt_state,
+            self._decoding,
+            np.int32(schedule.floor()),
+        )
+        schedule.fly()
+        self._chunks.append(chunk)
+
+    # ---- device to host
+
+    def _land(self) -> Iterator[tuple[Task, Completion, bool]]:
+        flight = self._schedule.land()
+        chunk: device.Chunk = jax.device_get(self._chunks.pop(0))
+        counts = (chunk.tokens != device.IDLE).sum(axis=-1)
+        now = time.monotonic()
+        ended = []
+        for at, task in flight.tasks.items():
+            count = int(counts[at])
+            if not self._schedule.goes_on(task):
+                continue
+            before = self._made[task]
+            completion = dataclasses.replace(
+                before,
+                ids=before.ids + chunk.tokens[at][:count].tolist(),
+                logps=before.logps + chunk.logps[at][:count].tolist(),
+                drawn_logps=before.drawn_logps + chunk.drawn_logps[at][:count].tolist(),
+                seconds=now - self._started[task],
+            )
+            over = not bool(chunk.active[at])
+            if over and completion.ids[-1] in self._rules.stop_ids:
+                completion = dataclasses.replace(completion, stop="id")
+            end = self._text_end(completion.ids, len(before.ids))
+            if end is not None:
+                completion = dataclasses.replace(
+                    completion,
+                    ids=completion.ids[:end],
+                    logps=completion.logps[:end],
+                    drawn_logps=completion.drawn_logps[:end],
+                    stop="text",
+                )
+                if not over:
+                    ended.append(self._schedule.place(task))
+                over = True
+            self._schedule.drew(task, count, over)
+            if over:
+                del self._made[task], self._started[task]
+            else:
+                self._made[task] = completion
+            if count or over:
+                yield task, completion, over
+        if ended:
+            mask = np.zeros(self._schedule.shape[:2], bool)
+            mask[tuple(zip(*ended, strict=True))] = True
+            rows = self._sampler._end_rows(self._decoding.rows, mask)
+            self._decoding = self._decoding._replace(rows=rows)
+
+    def _text_end(self, ids: Sequence[int], known: int) -> int | None:
+        """Tokens up to the one that completes a stop text, of which `known` are looked at."""
+        texts = self._rules.stop_texts
+        if not texts:
+            return None
+        assert self._detokenize is not None
+        # A character takes up to four tokens, and the text before a token may change how it reads.
+        window = 4 * max(map(len, texts)) + 8
+        for end in range(known + 1, len(ids) + 1):
+            said = self._detokenize(ids[max(end - window, 0) : end])
+            if any(text in said for text in texts):
+                return end
+        return None
 
 
-def _row(out: Completions, i: int, j: int) -> Completion:
-    length = int(out.lengths[i, j])
-    return Completion(
-        out.ids[i, j, :length].tolist(),
-        out.logps[i, j, :length].tolist(),
-        bool(out.stops[i, j] == STOPPED_BY_ID),
+def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
+    starts = range(len(ids) - len(part) + 1)
+    return bool(part) and any(list(ids[i : i + len(part)]) == list(part) for i in starts)
+
+
+def _named(shape: Shape, rules: Rules) -> str:
+    how = "greedy" if rules.temperature == 0.0 else f"temperature {rules.temperature:g}"
+    return (
+        f"{shape.groups} x {shape.width} rows, {shape.prompt_slots} prompt slots, "
+        f"{shape.ring_slots} response slots, {how}"
     )
-
-
-def _fold_rows(key: Array, items: Array, samples: Array) -> Array:
-    item_keys = jax.vmap(lambda item: jax.random.fold_in(key, item))(items)
-    return jax.vmap(lambda k: jax.vmap(lambda s: jax.random.fold_in(k, s))(samples))(item_keys)
-
-
-_jitted_fold_rows = jax.jit(_fold_rows)
-
-
-def _row_keys(key: Array, items: np.ndarray, samples: int) -> Array:
-    """[P, n] keys, each addressed by its item and its sample index."""
-    return _jitted_fold_rows(key, items, np.arange(samples, dtype=np.uint32))

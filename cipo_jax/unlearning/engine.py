@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import jax
@@ -22,7 +22,8 @@ from cipo_jax.models.lora import Lora
 from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
 from cipo_jax.progress import Reporter
 from cipo_jax.sampling.decode import Rules
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling.memory import fitting_rows, sharded_bytes
+from cipo_jax.sampling.sampler import Completion, Request, Sampler
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
 from cipo_jax.training.scoring import Scorer
@@ -89,17 +90,17 @@ class Engine:
         if config.lora.path:
             made_from += f":{fingerprint(resolve(config.lora.path))}"
         folder = RunFolder(workdir, config, made_from)
-        decoding = compute_of(config.model, decoding=True)
         policy = Policy(model.config, compute_of(config.model))
+        evaluating = _sampler("eval", config, model, mesh, lora)
         return cls(
             config=config,
             model=model,
             lora=lora,
             splits=splits,
             mesh=mesh,
-            sampler=Sampler(model.config, decoding, mesh, config.sampling.rows),
-            eval_sampler=Sampler(model.config, decoding, mesh, config.eval.rows),
-            scorer=Scorer(policy, mesh, config.eval.rows),
+            sampler=_sampler("sampling", config, model, mesh, lora),
+            eval_sampler=evaluating,
+            scorer=Scorer(policy, mesh, evaluating.rows),
             folder=folder,
             checkpoints=Checkpoints(folder.path / "checkpoints"),
             log=MetricsLog(folder),
@@ -155,7 +156,7 @@ class Engine:
         key: Array,
         samples: int,
     ) -> list[list[Row]]:
-        """Samples completions of each request, with a progress bar, resumable batch by batch.
+        """Samples completions of each request, with a progress bar, resumable request by request.
 
         Args:
           part: where partial results are kept; see `RunFolder.in_parts`.
@@ -173,23 +174,11 @@ class Engine:
         if not requests:
             return []
         decoding = self.sampler.prepare(params)
-        longest = max(len(r.prompt) for r in requests)
 
-        def work(batch: tuple[list[Request], int]) -> list[Row]:
-            from cipo_jax.data.batches import bucket
-
-            rows, count = batch
-            completions = self.sampler.run(decoding, rows, rules, key, samples, bucket(longest))
-            made = []
-            for request, drawn in zip(rows[:count], completions, strict=False):
-                for sample, completion in enumerate(drawn):
-                    thought = self.model.format.split(completion.ids)
-                    made.append(
-                        {"item": request.item, "sample": sample}
-                        | thought._asdict()
-                        | {"stopped": completion.stopped, "ids": completion.ids}
-                    )
-            return made
+        def work(missing: list[int]) -> Iterator[tuple[int, list[Row]]]:
+            wanted = [requests[i] for i in missing]
+            for i, drawn in self.sampler.stream_requests(decoding, wanted, rules, key, samples):
+                yield missing[i], [self._row(completion) for completion in drawn]
 
         with self.reporter.bar(title, len(requests) * samples) as bar:
 
@@ -199,9 +188,16 @@ class Engine:
                 else:
                     bar.advance(len(rows), sum(len(r["ids"]) for r in rows))
 
-            batches = list(self.sampler.batches(requests, samples))
-            rows = self.folder.in_parts(part, batches, work, on_part)
+            rows = self.folder.in_parts(part, len(requests), work, on_part)
         return [rows[i : i + samples] for i in range(0, len(rows), samples)]
+
+    def _row(self, completion: Completion) -> Row:
+        thought = self.model.format.split(completion.ids)
+        return (
+            {"item": completion.item, "sample": completion.sample}
+            | thought._asdict()
+            | {"stopped": completion.stopped, "ids": completion.ids}
+        )
 
     def evaluate(
         self,
@@ -221,11 +217,16 @@ class Engine:
         sampler = self.eval_sampler
         if model.config != self.model.config:
             sampler = dataclasses.replace(sampler, config=model.config)
-        batches = evaluate.evaluation_batches(sampler, model.format, splits)
-        work = evaluate.generate_rows(
-            sampler, model.format, sampler.prepare(params), self.config.eval.max_new_tokens
-        )
-        with self.reporter.bar(title, sum(len(rows) for rows in splits.values())) as bar:
+        questions = [(name, example) for name, rows in splits.items() for example in rows]
+        decoding = sampler.prepare(params)
+
+        def work(missing: list[int]) -> Iterator[tuple[int, list[Row]]]:
+            asked = [questions[i] for i in missing]
+            limit = self.config.eval.max_new_tokens
+            for i, row in evaluate.judged(sampler, model.format, decoding, asked, limit):
+                yield missing[i], [row]
+
+        with self.reporter.bar(title, len(questions)) as bar:
 
             def on_part(rows: list[Row], cached: bool) -> None:
                 if cached:
@@ -233,8 +234,37 @@ class Engine:
                 else:
                     bar.advance(len(rows), sum(r["tokens"] for r in rows))
 
-            rows = self.folder.in_parts(part, batches, work, on_part)
+            rows = self.folder.in_parts(part, len(questions), work, on_part)
         return rows, evaluate.scores(rows, self.splits.words)
+
+
+def _sampler(
+    name: str, config: Config, model: ReasoningModel, mesh: Mesh, lora: Lora | None
+) -> Sampler:
+    """The sampler of config.sampling or config.eval; raises UserError where it does not fit."""
+    settings, decoding = getattr(config, name), compute_of(config.model, decoding=True)
+    trained = abstract_params(model.config)
+    dtype = config.model.dtype if lora else "float32"
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trained)
+    planned = fitting_rows(
+        f"config.{name}.rows = {settings.rows}",
+        settings.rows,
+        model.config,
+        decoding,
+        mesh,
+        config.data.max_prompt_tokens,
+        settings.max_new_tokens,
+        int8_cache=config.sampling.int8_cache,
+        resident=sharded_bytes(frozen, param_shardings(trained, mesh)),
+    )
+    return Sampler(
+        model.config,
+        decoding,
+        mesh,
+        planned.rows,
+        config.sampling.chunk,
+        config.sampling.int8_cache,
+    )
 
 
 def _check_batches(config: Config, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from cipo_jax.config import TrainConfig
 from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
 from cipo_jax.data.examples import Example, states
-from cipo_jax.sampling.sampler import Request, rules_of
+from cipo_jax.sampling.sampler import Request, rules_of_settings
 from cipo_jax.training.step import Batch
 from cipo_jax.typing import Params
 from cipo_jax.unlearning.engine import Engine
@@ -25,10 +25,7 @@ def draw_rollouts(
     engine: Engine, params: Params, counterfactuals: Sequence[Row], iteration: int
 ) -> list[Row]:
     """What the current model says to each forget question that has a counterfactual."""
-    settings = engine.config.sampling
-    rules = rules_of(
-        engine.model.format, settings.max_new_tokens, settings.temperature, settings.top_p
-    )
+    rules = rules_of_settings(engine.model.format, engine.config.sampling)
     requests = [
         Request(engine.model.format.prompt_ids(row["question"]), row["item"])
         for row in accepted(counterfactuals)

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -150,36 +150,49 @@ class RunFolder:
     def in_parts(
         self,
         name: str,
-        batches: Sequence[Any],
-        work: Callable[[Any], list[Row]],
+        count: int,
+        work: Callable[[list[int]], Iterable[tuple[int, list[Row]]]],
         on_part: Callable[[list[Row], bool], None] = lambda rows, cached: None,
     ) -> list[Row]:
-        """Rows of all batches; each batch's rows are kept as soon as they are there.
+        """Rows of `count` items in their order; each item's are kept as soon as they are there.
 
         Args:
           name: of the stage (a suffix after "/" tells several such loops of a stage apart).
-          batches: what to work on.
-          work: makes the rows of a batch.
-          on_part: called with each batch's rows and whether an earlier process had made them.
+          count: of the items.
+          work: from the items that are missing to (item, its rows), in whatever order they come.
+          on_part: called with each item's rows and whether an earlier process had made them.
 
         Raises:
-          Preempted: between two batches, if the process was asked to stop.
+          Preempted: between two items, if the process was asked to stop.
         """
-        rows: list[Row] = []
-        for i, batch in enumerate(batches):
-            path = self._parts(name) / f"{i:06d}.jsonl"
-            cached = path.exists()
-            part = read_jsonl(path) if cached else work(batch)
-            if not cached:
-                write_jsonl(path, part)
+        path = self._parts(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made: dict[int, list[Row]] = {}
+        with path.open("ab+") as file:
+            file.seek(0)
+            whole = 0
+            for line in file:
+                if not line.endswith(b"\n"):  # The process that wrote it was killed.
+                    break
+                whole += len(line)
+                part = json.loads(line)
+                made[part["item"]] = part["rows"]
+            file.truncate(whole)
+            for item in sorted(made):
+                on_part(made[item], True)
+            missing = [item for item in range(count) if item not in made]
+            for item, rows in work(missing) if missing else ():
+                part = json.dumps({"item": item, "rows": rows}, ensure_ascii=False)
+                file.write(part.encode() + b"\n")
+                file.flush()
                 self.saved()
-            rows += part
-            on_part(part, cached)
-            self.stop_if_asked()
-        return rows
+                made[item] = rows
+                on_part(rows, False)
+                self.stop_if_asked()
+        return [row for item in range(count) for row in made[item]]
 
     def _parts(self, name: str) -> Path:
-        return self.path / ".parts" / self._chain / name
+        return self.path / ".parts" / self._chain / f"{name}.jsonl"
 
     def write_rows(self, name: str, rows: Sequence[Row]) -> None:
         write_jsonl(self.path / name, rows)

@@ -1,11 +1,13 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cipo_jax.ops import attention
+from cipo_jax.ops.attention import KV, quantised
 
 causal_attention = jax.jit(attention.causal_attention, static_argnames="window")
-decode_attention = jax.jit(attention.decode_attention, static_argnames="window")
+decode_attention = jax.jit(attention.decode_attention)
 
 # Float32 softmax averages of numbers near 1, against float64.
 TOLERANCE = 1e-5
@@ -93,9 +95,52 @@ def test_decode_attention_equals_causal_attention_over_prompt_and_response(sampl
         for p, length in enumerate(lengths):
             x[p, :, length:] = 1e4
     k[..., slot + 1 :, :] = v[..., slot + 1 :, :] = 1e4
-    found = decode_attention(q, prompt_k, prompt_v, lengths, k, v, np.int32(slot), window=window)
+    # A ring may hold the tokens in any turn.
+    turn = 3
+    age = (slot - np.roll(np.arange(R), turn)) % R
+    in_prompt = np.arange(S) < lengths[:, None]
+    own = np.broadcast_to(age <= slot, (P, samples, R))
+    if window is not None:
+        in_prompt = in_prompt & (np.arange(S) > lengths[:, None] + slot - window)
+        own = own & (age < window)
+    turned = [np.roll(x, turn, axis=3).reshape(P * samples, K, R, H) for x in (k, v)]
+    prompt = KV(prompt_k.swapaxes(-1, -2), prompt_v)
+    mine = KV(turned[0].swapaxes(-1, -2), turned[1])
+    found = decode_attention(q, prompt, in_prompt[:, None], mine, own)
     for p in range(P):
         np.testing.assert_allclose(found[p], causal[p, :, last[p]], rtol=0, atol=TOLERANCE)
         end = last[p] + 1
         exact = reference(whole_q[p, 0, :end], whole_k[p, 0, :end], whole_v[p, 0, :end], window)
         np.testing.assert_allclose(found[p, 0], exact[-1], rtol=0, atol=TOLERANCE)
+
+
+def test_int8_keys_and_values_are_those_of_full_precision_to_half_a_step():
+    rng = np.random.default_rng(5)
+    k, v = normal(rng, 2, 3, 8, 6), normal(rng, 2, 3, 6, 8)
+    k[0, 0, :, 0] = 0.0  # A vector of zeros has a scale as well.
+    small = quantised(KV(jnp.asarray(k), jnp.asarray(v)))
+    assert small.k.dtype == small.v.dtype == np.int8
+    for x, ints, scale, axis in ((k, small.k, small.k_scale, -2), (v, small.v, small.v_scale, -1)):
+        assert scale.shape == (2, 3, 6)
+        step = np.abs(x).max(axis=axis, keepdims=True) / 127
+        back = np.asarray(ints) * np.expand_dims(np.asarray(scale), axis)
+        assert (np.abs(back - x) <= step / 2 + 1e-6).all()
+
+
+def test_attention_over_int8_is_attention_over_what_it_stands_for():
+    rng = np.random.default_rng(6)
+    P, n, S, R, N, K, H = 2, 3, 6, 5, 4, 2, 8
+    q = 2 * normal(rng, P, n, N, H)
+    prompt = KV(*map(jnp.asarray, (normal(rng, P, K, H, S), normal(rng, P, K, S, H))))
+    own = KV(*map(jnp.asarray, (normal(rng, P * n, K, H, R), normal(rng, P * n, K, R, H))))
+    masks = np.ones((P, 1, S), bool), np.ones((P, n, R), bool)
+
+    def stood_for(kv):
+        return KV(kv.k * kv.k_scale[..., None, :], kv.v * kv.v_scale[..., None])
+
+    small = quantised(prompt), quantised(own)
+    found = decode_attention(q, small[0], masks[0], small[1], masks[1])
+    wanted = decode_attention(q, stood_for(small[0]), masks[0], stood_for(small[1]), masks[1])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+    plain = decode_attention(q, prompt, masks[0], own, masks[1])
+    assert 1e-4 < np.abs(found - plain).max() < 0.1

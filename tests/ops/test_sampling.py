@@ -72,7 +72,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_keys():
     logits = random_logits("normal", 20, 37)
     for seed in range(2):
         keys = jax.random.split(jax.random.key(seed), 20)
-        ids, _ = draw(logits, keys, 0.0, 0.1)
+        ids, *_ = draw(logits, keys, 0.0, 0.1)
         np.testing.assert_array_equal(ids, np.argmax(logits, axis=-1))
         assert ids.dtype == jnp.int32
 
@@ -88,7 +88,7 @@ def test_draws_follow_the_tempered_distribution(temperature):
     row = np.array([1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 0.9, -0.1])
     rows = 20000
     logits = np.broadcast_to(row.astype(np.float32), (rows, 8))
-    ids, _ = draw(logits, jax.random.split(jax.random.key(0), rows), temperature, 1.0)
+    ids, *_ = draw(logits, jax.random.split(jax.random.key(0), rows), temperature, 1.0)
 
     def probs(temperature):
         weights = np.exp(row / temperature)
@@ -105,37 +105,37 @@ def test_the_nucleus_is_taken_after_the_temperature():
     logits = np.broadcast_to(np.log(probs).astype(np.float32), (rows, 4))
     keys = jax.random.split(jax.random.key(1), rows)
     # At temperature 0.5 the first two hold 25/30 of the mass, at temperature 1 only 0.7.
-    warm, _ = draw(logits, keys, 0.5, 0.8)
+    warm, *_ = draw(logits, keys, 0.5, 0.8)
     assert set(np.asarray(warm).tolist()) == {0, 1}
     # One degree of freedom: one seed in 10,000 exceeds 15.1.
     assert chi_square(warm, np.array([16, 9]) / 25) < 15.1
-    plain, _ = draw(logits, keys, 1.0, 0.8)
+    plain, *_ = draw(logits, keys, 1.0, 0.8)
     assert set(np.asarray(plain).tolist()) == {0, 1, 2}
 
 
 def test_a_row_owes_nothing_to_the_others():
     logits = random_logits("normal", 16, 37)
     keys = jax.random.split(jax.random.key(2), 16)
-    ids, logps = draw(logits, keys, 0.9, 0.9)
+    ids, logps, _ = draw(logits, keys, 0.9, 0.9)
     kept = np.array([0, 3, 11])
     others = random_logits("flat", 16, 37)
     others[kept] = logits[kept]
     other_keys = jax.random.split(jax.random.key(3), 16).at[kept].set(keys[kept])
-    again, logps_again = draw(others, other_keys, 0.9, 0.9)
+    again, logps_again, _ = draw(others, other_keys, 0.9, 0.9)
     np.testing.assert_array_equal(again[kept], ids[kept])
     np.testing.assert_array_equal(logps_again[kept], logps[kept])
     assert not np.array_equal(again, ids)
     # Nor to its place among them.
-    backwards, _ = draw(logits[::-1], keys[::-1], 0.9, 0.9)
+    backwards, *_ = draw(logits[::-1], keys[::-1], 0.9, 0.9)
     np.testing.assert_array_equal(backwards[::-1], ids)
-    rekeyed, _ = draw(logits, jax.random.split(jax.random.key(4), 16), 0.9, 0.9)
+    rekeyed, *_ = draw(logits, jax.random.split(jax.random.key(4), 16), 0.9, 0.9)
     assert not np.array_equal(rekeyed, ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_logps_are_those_of_the_model_itself(temperature):
     logits = random_logits("normal", 16, 37)
-    ids, logps = draw(logits, jax.random.split(jax.random.key(5), 16), temperature, 0.7)
+    ids, logps, _ = draw(logits, jax.random.split(jax.random.key(5), 16), temperature, 0.7)
     exact = logits.astype(np.float64)
     wanted = exact[np.arange(16), ids] - np.log(np.exp(exact).sum(-1))
     # Float32, numbers below 20.

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.decode import Rules, generate
+from cipo_jax.sampling.decode import Rules, decode, empty, generate
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
@@ -56,12 +57,12 @@ def fours(params):
 
 
 def _all(sampler, params, requests, rules=RULES, samples=1):
-    return [r for batch in sampler.stream(params, requests, rules, KEY, samples) for r in batch]
+    return sampler.sample(params, requests, rules, KEY, samples)
 
 
 @pytest.fixture(scope="module")
 def drawn(fours, requests):
-    """Two samples of each request, two requests at a time."""
+    """Two samples of each request, on four rows."""
     return _all(*fours, requests, samples=2)
 
 
@@ -102,30 +103,6 @@ def test_each_request_gets_its_own_samples_in_order(params, requests, drawn):
     assert any(a.ids != b.ids for a, b in drawn)
 
 
-@pytest.mark.parametrize(
-    ("rows", "samples", "sizes"),
-    [(4, 1, [4, 3]), (4, 2, [2, 2, 2, 1]), (1, 2, [1] * 7), (64, 2, [7]), (7, 1, [7])],
-)
-def test_batches_hold_every_request_once(requests, rows, samples, sizes):
-    batches = list(_sampler(rows).batches(requests, samples))
-    assert [count for _, count in batches] == sizes
-    assert [r for batch, count in batches for r in batch[:count]] == requests
-    assert len({len(batch) for batch, _ in batches}) == 1
-
-
-def test_batches_divide_over_the_mesh(requests):
-    for rows, samples in ((1, 1), (6, 1), (6, 4)):
-        for batch, _ in _sampler(rows, make_mesh(2, 2, 2)).batches(requests, samples):
-            assert len(batch) % 4 == 0
-
-
-def test_stream_yields_batch_by_batch(fours, requests, drawn):
-    sampler, params = fours
-    batches = list(sampler.stream(params, requests, RULES, KEY, 2))
-    assert [len(b) for b in batches] == [2, 2, 2, 1]
-    _assert_same([r for b in batches for r in b], drawn)
-
-
 @pytest.mark.parametrize("rows", [1, 16])
 def test_results_do_not_depend_on_rows(params, requests, drawn, rows):
     sampler = _sampler(rows)
@@ -157,24 +134,24 @@ def test_calls_of_one_shape_share_one_program(params, requests):
     # A size that no other test of this file uses. Samplers on one mesh share their programs, so
     # it is the growth that counts.
     sampler = _sampler(3)
-    before = sampler.programs()
-    for seed, part in ((0, requests), (1, requests[:3]), (2, requests[4:5])):
+    before = sampler._decode._cache_size()
+    for seed, part in ((0, requests), (1, requests[:3]), (2, requests[2:6])):
         prepared = sampler.prepare(jax.tree.map(lambda x, s=seed: x + 0.01 * s, params))
         for key in (jax.random.key(seed), jax.random.fold_in(KEY, seed)):
             list(sampler.stream(prepared, part, GREEDY, key))
-        assert sampler.programs() == before + 1
+        assert sampler._decode._cache_size() == before + 1
+    assert sampler.programs() == ["3 x 1 rows, 16 prompt slots, 16 response slots, greedy"]
 
 
 def test_an_eight_device_mesh_says_what_one_device_says(fours, params, requests):
     mesh = make_mesh(2, 2, 2)
     sampler = _sampler(4, mesh)
-    before = sampler.programs()
     # The weights come as training leaves them: sharded over the same mesh.
     placed = jax.device_put(params, param_shardings(params, mesh))
     _assert_same(
         _all(sampler, sampler.prepare(placed), requests, GREEDY), _all(*fours, requests, GREEDY)
     )
-    assert sampler.programs() == before + 1
+    assert sampler.programs() == ["4 x 1 rows, 16 prompt slots, 16 response slots, greedy"]
 
 
 def test_the_cache_is_updated_in_place(real_compilation):
@@ -182,41 +159,42 @@ def test_the_cache_is_updated_in_place(real_compilation):
         vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=32,
         tied_head=True,
     )  # fmt: skip
-    P, n, R = 4, 4, 512
+    G, w, R = 4, 4, 512
     layout = jax.eval_shape(
         lambda p: decoding_layout(config, p, "float32"), abstract_params(config)
     )
-    compiled = (
-        jax.jit(generate, static_argnums=(0, 1, 2))
-        .lower(
-            config, Compute(), Rules(R, (3,)), layout, jax.ShapeDtypeStruct((P, 8), jnp.int32),
-            jax.ShapeDtypeStruct((P,), jnp.int32), jax.eval_shape(
-                lambda: jax.random.split(jax.random.key(0), (P, n))
-            ),
+    for int8, width in ((False, 4), (True, 1 + 4 / config.head_dim)):
+        prompts, decoding = jax.eval_shape(
+            lambda int8=int8: empty(config, Compute(), GREEDY.on_device(), int8, (G, w, 16, R))
         )
-        .compile()
-    )  # fmt: skip
-    cache = config.layers * 2 * P * n * config.kv_heads * R * config.head_dim * 4
-    # The cache itself lives in temporary memory, once. A copy at each step would make it twice or
-    # more.
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert cache <= temporary < 1.5 * cache
+        compiled = (
+            jax.jit(decode, static_argnums=(0, 1, 2, 3), donate_argnums=6)
+            .lower(
+                config, Compute(), GREEDY.on_device(), 32, layout, prompts, decoding,
+                jax.ShapeDtypeStruct((), jnp.int32),
+            )
+            .compile()
+        )  # fmt: skip
+        cache = config.layers * 2 * G * w * config.kv_heads * R * config.head_dim * width
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache
+        if not int8:  # A copy of one layer's keys would be a quarter.
+            assert memory.temp_size_in_bytes < 0.15 * cache
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 20])
 @pytest.mark.parametrize("rules", [RULES, GREEDY], ids=["sampled", "greedy"])
 def test_a_completion_that_is_watched_is_the_one_that_is_not(params, requests, chunk, rules):
-    sampler = _sampler(1)
+    sampler = dataclasses.replace(_sampler(1), chunk=chunk)
     prepared = sampler.prepare(params)
     ends = set()
     for request, (wanted,) in zip(requests, _all(sampler, prepared, requests, rules), strict=True):
-        seen = list(sampler.stream_tokens(prepared, request, rules, KEY, chunk))
+        seen = list(sampler.stream_parts(prepared, request, rules, KEY))
         assert seen[-1].ids == wanted.ids and seen[-1].stopped == wanted.stopped
         np.testing.assert_allclose(seen[-1].logps, wanted.logps, rtol=0, atol=LOGP_ATOL)
         for before, after in itertools.pairwise(seen):
             assert after.ids[: len(before.ids)] == before.ids
             assert 0 < len(after.ids) - len(before.ids) <= chunk
-        assert len(seen[0].ids) == 1
         ends.add(wanted.stopped)
     assert ends == {True, False}
 
@@ -238,4 +216,6 @@ def test_rules_end_where_a_model_ends_and_draw_what_its_tokenizer_has():
 
     tokenizer = load_tokenizer(resolve("asset:tiny_lrm/target"))
     rules = rules_of(ThinkFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
-    assert rules == Rules(5, (tokenizer.eos_token_id, 7, 9), 0.5, 0.9, len(tokenizer))
+    close_ids = tuple(tokenizer.encode("</think>", add_special_tokens=False))
+    stop_ids = (tokenizer.eos_token_id, 7, 9)
+    assert rules == Rules(5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids)

@@ -27,13 +27,14 @@ def arm(place, count):
     if place in ("counterfactuals", "rollouts"):
         in_parts = RunFolder.in_parts
 
-        def patched(self, name, batches, work, *args):
-            def deadly(batch):
-                if place in name and here():
-                    die()
-                return work(batch)
+        def patched(self, name, count, work, *args):
+            def deadly(missing):
+                for part in work(missing):
+                    if place in name and here():
+                        die()
+                    yield part
 
-            return in_parts(self, name, batches, deadly, *args)
+            return in_parts(self, name, count, deadly, *args)
 
         RunFolder.in_parts = patched
     elif place in ("update", "warm-up"):

@@ -148,9 +148,13 @@ def _rows(batch):
     return [{"batch": batch, "text": f"r\u2028{i}"} for i in range(2)]
 
 
+def _each(work):
+    return lambda missing: ((item, work(item)) for item in missing)
+
+
 def _in_parts(folder, work, on_part=lambda rows, cached: None):
     def make():
-        rows = folder.in_parts("a", [0, 1, 2, 3], work, on_part)
+        rows = folder.in_parts("a", 4, _each(work), on_part)
         folder.write_rows("a.jsonl", rows)
         return {"n": len(rows)}
 
@@ -192,8 +196,34 @@ def test_parts_are_gone_once_their_stage_is_entered(open_folder):
 
 def test_a_batch_without_rows_is_remembered_too(open_folder):
     folder = open_folder()
-    folder.in_parts("a", [0], lambda batch: [])
-    assert folder.in_parts("a", [0], lambda batch: pytest.fail("made again")) == []
+    folder.in_parts("a", 1, _each(lambda item: []))
+    assert folder.in_parts("a", 1, lambda missing: pytest.fail("made again")) == []
+
+
+def test_items_may_come_in_any_order_and_a_torn_line_is_made_again(open_folder):
+    folder = open_folder()
+
+    def work(missing):
+        for item in (2, 0):
+            yield item, _rows(item)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        folder.in_parts("a", 4, work)
+    (path,) = (folder.path / ".parts").rglob("*.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"item": 1, "rows": [{"ba')
+    asked = []
+
+    def rest(missing):
+        asked.extend(missing)
+        return _each(_rows)(reversed(missing))
+
+    expected = [row for item in range(4) for row in _rows(item)]
+    assert folder.in_parts("a", 4, rest) == expected
+    assert asked == [1, 3]
+    assert path.read_bytes().startswith(whole)
+    assert folder.in_parts("a", 4, lambda missing: pytest.fail("made again")) == expected
 
 
 def test_parts_made_from_another_model_are_not_used(open_folder):

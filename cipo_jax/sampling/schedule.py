@@ -1,0 +1,326 @@
+"""Who decodes where: the host's book-keeping of the sampler, without a single array.
+
+Requests wait in a queue. A group takes the next one's prompt and its rows take the samples of it,
+one after another; a group that finds the queue empty takes over samples that others still have
+waiting. When nothing waits any more the batch shrinks. What the device does in the meantime is
+known with a delay, so everything here holds for whatever it may have done.
+"""
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_RING = 128  # slots that a ring starts with
+_PROMPT = 128  # prompt slots that are worth no change of shape
+# Rows, as a share of the batch, that may stand idle before the device stops to have them refilled.
+_IDLE_SHARE = 8
+_PREFILL_TOKENS = 8192  # of prompts that are computed at a time, where there is more than one
+# A smaller batch is another program: it has to have so many steps before it, perhaps.
+_STEPS_WORTH_SHRINKING = 128
+
+
+class Task(NamedTuple):
+    """One completion to be made."""
+
+    request: int
+    sample: int
+
+
+class Shape(NamedTuple):
+    """Sizes of a batch, which are those of its compiled program."""
+
+    groups: int
+    width: int
+    prompt_slots: int
+    ring_slots: int
+
+    @property
+    def rows(self) -> int:
+        return self.groups * self.width
+
+
+class Admission(NamedTuple):
+    """What is to enter a batch.
+
+    Attributes:
+      prefill: (request, group) whose prompts are to be computed.
+      copy: (from group, to group) whose prompts are to be copied.
+      start: (group, row, task) that start.
+    """
+
+    prefill: list[tuple[int, int]]
+    copy: list[tuple[int, int]]
+    start: list[tuple[int, int, Task]]
+
+
+class Move(NamedTuple):
+    """How a batch of another shape is made of the present one.
+
+    Attributes:
+      shape: the new one.
+      groups: for each new group the old one.
+      rows: for each new (group, row) the old index in groups x width; -1 for none.
+    """
+
+    shape: Shape
+    groups: list[int]
+    rows: list[list[int]]
+
+
+def prompt_bucket(length: int) -> int:
+    """The padded length of a prompt: 16, 32, 48, 64, 96, 128, ..."""
+    size = 16
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if size >= 64 and length <= size * 3 // 4 else size
+
+
+def ladder(top: int, multiple: int = 1) -> list[int]:
+    """`top` and its halves, down to `multiple`, each rounded up to a multiple; largest first."""
+    sizes = []
+    while True:
+        sizes.append(-(-top // multiple) * multiple)
+        if top <= multiple:
+            return list(dict.fromkeys(sizes))
+        top = -(-top // 2)
+
+
+def prefill_batches(
+    lengths: Sequence[int], rows: int, multiple: int = 1
+) -> list[tuple[list[int], int, int]]:
+    """Cuts prompts into batches of few different sizes: all rows, those of a refill, and one.
+
+    Args:
+      lengths: of the prompts.
+      rows: that decode at a time.
+      multiple: that the size of a batch is to be of.
+
+    Returns:
+      (indices of the prompts, padded number of prompts, padded length) of each batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batches = []
+    while order:
+        longest = prompt_bucket(lengths[order[-1]])
+        sizes = sorted({-(-m // multiple) * multiple for m in (1, rows // _IDLE_SHARE or 1, rows)})
+        sizes = [m for m in sizes if m * longest <= _PREFILL_TOKENS] or sizes[:1]
+        # Padding a little costs less than another batch.
+        size = next((m for m in sizes if m >= len(order) >= 0.6 * m), None)
+        size = size or max((m for m in sizes if m <= len(order)), default=sizes[0])
+        part, order = order[-size:], order[:-size]
+        batches.append((part, size, longest))
+    return batches
+
+
+@dataclasses.dataclass
+class Flight:
+    """Decoding steps that were ordered and not looked at yet: who was at which (group, row)."""
+
+    tasks: dict[tuple[int, int], Task]
+    running: frozenset[Task]
+
+
+class Schedule:
+    """The state of a batch, as far as the host knows it.
+
+    Args:
+      lengths: tokens of each request's prompt, at least 1.
+      limits: tokens after which the completions of each request end.
+      samples: completions of each request.
+      rows: that decode at a time, at most.
+      chunk: decoding steps in a flight, at most.
+      shards: the mesh's rows, of which the number of groups is a multiple.
+      least_rows: the batch shrinks to no fewer.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        limits: Sequence[int],
+        samples: int,
+        rows: int,
+        chunk: int,
+        shards: int = 1,
+        least_rows: int = 1,
+    ):
+        self._lengths, self._limits, self._samples = lengths, limits, samples
+        self._chunk, self._shards, self._least = chunk, shards, least_rows
+        self._longest_ring = -(-max(limits) // 16) * 16
+        # Short prompts first: the batch pays for the longest that has come.
+        self._queue = deque(sorted(range(len(lengths)), key=lambda i: prompt_bucket(lengths[i])))
+        self._waiting: dict[int, deque[int]] = {}  # samples of requests that have a group
+        width = 1
+        while 2 * width <= min(samples, rows // max(len(lengths), 1)):
+            width *= 2
+        needed = -(-len(lengths) * samples // width)
+        groups = [g for g in ladder(max(rows // width, 1), shards) if g >= needed]
+        groups = groups or ladder(max(rows // width, 1), shards)[:1]
+        first = max(lengths[i] for i in list(self._queue)[: groups[-1]])
+        prompt_slots = max(prompt_bucket(first), min(prompt_bucket(max(lengths)), _PROMPT))
+        self.shape = Shape(groups[-1], width, prompt_slots, self._ring(1))
+        self._held: list[int | None] = [None] * self.shape.groups
+        self._at: dict[tuple[int, int], Task] = {}
+        self._counts: dict[Task, int] = {}
+        self.flights: deque[Flight] = deque()
+
+    def _ring(self, count: int) -> int:
+        size = _RING
+        while size < count:
+            size *= 2
+        return min(size, self._longest_ring)
+
+    @property
+    def running(self) -> dict[tuple[int, int], Task]:
+        """Who is at which (group, row)."""
+        return self._at
+
+    @property
+    def done(self) -> bool:
+        return not (self._at or self._waits)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether anything is still to be started."""
+        return bool(self._queue) or any(self._waiting.values())
+
+    # ---- what enters
+
+    def admit(self) -> Admission:
+        """Gives free rows something to do."""
+        admission = Admission([], [], [])
+        groups, width = self.shape.groups, self.shape.width
+        free = {g: [r for r in range(width) if (g, r) not in self._at] for g in range(groups)}
+        for group in range(groups):
+            self._start(group, free[group], admission)
+        for group in range(groups):
+            if len(free[group]) < width:
+                continue
+            if self._queue:
+                request = self._queue.popleft()
+                self._waiting[request] = deque(range(self._samples))
+                admission.prefill.append((request, group))
+            else:
+                source = self._richest(group)
+                if source is None:
+                    continue
+                request = self._held[source]
+                admission.copy.append((source, group))
+            self._held[group] = request
+            self._start(group, free[group], admission)
+        return admission
+
+    def _start(self, group: int, free: list[int], admission: Admission) -> None:
+        request = self._held[group]
+        waiting = self._waiting.get(request) if request is not None else None
+        while free and waiting:
+            assert request is not None
+            row, task = free.pop(0), Task(request, waiting.popleft())
+            self._at[group, row] = task
+            self._counts[task] = 0
+            admission.start.append((group, row, task))
+
+    def _richest(self, taker: int) -> int | None:
+        """The group of the request that has most samples waiting."""
+        holders = [
+            (len(self._waiting.get(request, ())), -group)
+            for group, request in enumerate(self._held)
+            if request is not None and group != taker
+        ]
+        most, group = max(holders, default=(0, 0))
+        return -group if most else None
+
+    # ---- what shape it has
+
+    def widen(self, admission: Admission) -> Move | None:
+        """The shape that has room for the prompts that enter; None where the present one has."""
+        entering = (prompt_bucket(self._lengths[request]) for request, _ in admission.prefill)
+        slots = max(entering, default=0)
+        if slots <= self.shape.prompt_slots:
+            return None
+        return self._move(range(self.shape.groups), self.shape._replace(prompt_slots=slots))
+
+    def move(self) -> Move | None:
+        """The shape that the next flight needs, or that is worth changing to; None to stay."""
+        shape = self.shape
+        most = (
+            min(self._bound(t) + self._chunk, self._limits[t.request]) for t in self._at.values()
+        )
+        ring = self._ring(max(most, default=1))
+        by_group = Counter(group for group, _ in self._at)
+        if not self._waits and self._steps_left() >= _STEPS_WORTH_SHRINKING:
+            width = min(shape.width, 1 << (max(by_group.values(), default=1) - 1).bit_length())
+            need = max(len(by_group), -(-self._least // width))
+            groups = [g for g in ladder(shape.groups, self._shards) if g >= need][-1:]
+            if groups and 2 * groups[0] * width <= shape.rows:
+                idle = [g for g in range(shape.groups) if g not in by_group]
+                kept = sorted((sorted(by_group) + idle)[: groups[0]])
+                return self._move(
+                    kept, shape._replace(groups=len(kept), width=width, ring_slots=ring)
+                )
+        if ring <= shape.ring_slots:
+            return None
+        return self._move(range(shape.groups), shape._replace(ring_slots=ring))
+
+    def _move(self, groups: Sequence[int], shape: Shape) -> Move:
+        rows = []
+        for group in groups:
+            old = sorted(row for g, row in self._at if g == group)
+            if shape.width == self.shape.width:
+                old = list(range(shape.width))  # Rows stay where they are.
+            places = [group * self.shape.width + row for row in old]
+            rows.append(places + [-1] * (shape.width - len(places)))
+        return Move(shape, list(groups), rows)
+
+    def _steps_left(self) -> int:
+        """Steps that the completions may still take at most."""
+        return max(self._limits) - max((self._counts[t] for t in self._at.values()), default=0)
+
+    def moved(self, move: Move) -> None:
+        """Takes note that the batch has another shape."""
+        places = {
+            divmod(old, self.shape.width): (group, row)
+            for group, olds in enumerate(move.rows)
+            for row, old in enumerate(olds)
+            if old >= 0
+        }
+        self._at = {places[at]: task for at, task in self._at.items()}
+        self._held = [self._held[g] for g in move.groups]
+        self.shape = move.shape
+
+    # ---- what goes out and comes back
+
+    def floor(self) -> int:
+        """Active rows at which the next flight is to stop, for the host to do something."""
+        active, rows = len(self._at), self.shape.rows
+        if self._waits:
+            return active - max(rows // _IDLE_SHARE, 1)
+        if rows > max(self._least, self._shards):
+            return min(rows // 2, active - max(active // 4, 1))
+        return 0
+
+    def fly(self) -> None:
+        """Takes note that decoding steps were ordered."""
+        self.flights.append(Flight(dict(self._at), frozenset(self._at.values())))
+
+    def land(self) -> Flight:
+        """The oldest flight, which is being looked at."""
+        return self.flights.popleft()
+
+    def drew(self, task: Task, count: int, over: bool) -> None:
+        """Takes note that a task has drawn so many tokens more, and whether it is over."""
+        self._counts[task] += count
+        if over:
+            del self._counts[task]
+            self._at = {at: t for at, t in self._at.items() if t != task}
+
+    def place(self, task: Task) -> tuple[int, int]:
+        """Where a task is, (group, row)."""
+        return next(at for at, t in self._at.items() if t == task)
+
+    def goes_on(self, task: Task) -> bool:
+        return task in self._counts
+
+    def _bound(self, task: Task) -> int:
+        """Tokens that a task has drawn at most once all flights are over."""
+        return self._counts[task] + self._chunk * sum(task in f.running for f in self.flights)

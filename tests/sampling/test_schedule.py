@@ -1,0 +1,184 @@
+"""The host's book-keeping against a device that is played by dice."""
+
+import random
+
+import pytest
+
+from cipo_jax.sampling.schedule import Schedule, Task, ladder, prefill_batches, prompt_bucket
+
+
+def test_prompt_buckets_waste_less_than_half_and_are_few():
+    sizes = {prompt_bucket(n) for n in range(1, 4097)}
+    assert all(n <= prompt_bucket(n) < max(2 * n, 17) for n in range(1, 4097))
+    assert len(sizes) == 16
+    assert all(size % 16 == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(("top", "multiple", "sizes"), [
+    (64, 1, [64, 32, 16, 8, 4, 2, 1]), (48, 1, [48, 24, 12, 6, 3, 2, 1]), (1, 1, [1]),
+    (12, 4, [12, 8, 4]), (3, 4, [4]), (64, 8, [64, 32, 16, 8]),
+])  # fmt: skip
+def test_the_ladder_halves(top, multiple, sizes):
+    assert ladder(top, multiple) == sizes
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 9, 40, 64, 100])
+def test_prefill_batches_hold_every_prompt_once_in_few_sizes(count, multiple):
+    lengths = [random.Random(i).randint(1, 100) for i in range(count)]
+    batches = prefill_batches(lengths, 64, multiple)
+    assert sorted(i for part, _, _ in batches for i in part) == list(range(count))
+    assert {size for _, size, _ in batches} <= {multiple, 8, 64}
+    for part, size, slots in batches:
+        assert len(part) <= size
+        assert slots == prompt_bucket(max(lengths[i] for i in part))
+
+
+def test_long_prompts_are_computed_few_at_a_time():
+    for _, size, slots in prefill_batches([4000] * 64, 64):
+        assert size * slots <= 8192
+
+
+class Device:
+    """Rows that decode, told nothing but what a flight carries."""
+
+    def __init__(self, schedule, rng, lengths):
+        self.schedule, self.rng, self.lengths = schedule, rng, lengths
+        self.rows = {}  # (group, row) -> [task, tokens]
+        self.prompts = {}  # group -> request
+        self.ring = 0
+        self.flights = []
+
+    def enter(self, admission):
+        shape = self.schedule.shape
+        for request, group in admission.prefill:
+            assert 0 <= group < shape.groups
+            assert not any(g == group for g, _ in self.rows), "a prompt that is in use was replaced"
+            self.prompts[group] = request
+        for source, group in admission.copy:
+            assert not any(g == group for g, _ in self.rows)
+            self.prompts[group] = self.prompts[source]
+        for group, row, task in admission.start:
+            assert 0 <= group < shape.groups and 0 <= row < shape.width
+            assert (group, row) not in self.rows, "a row was given away twice"
+            assert self.prompts[group] == task.request
+            self.rows[group, row] = [task, 0]
+
+    def move(self, old, move):
+        rows, prompts = {}, {}
+        for group, olds in enumerate(move.rows):
+            assert len(olds) == move.shape.width
+            if move.groups[group] in self.prompts:
+                prompts[group] = self.prompts[move.groups[group]]
+            for row, place in enumerate(olds):
+                if place >= 0 and divmod(place, old.width) in self.rows:
+                    rows[group, row] = self.rows.pop(divmod(place, old.width))
+        assert not self.rows, "a row that decodes was left behind"
+        self.rows, self.prompts = rows, prompts
+
+    def fly(self, chunk, floor):
+        shape, drawn, over = self.schedule.shape, {}, set()
+        for _ in range(chunk):
+            if len(self.rows) <= max(floor, 0):
+                break
+            for at, (task, tokens) in list(self.rows.items()):
+                assert tokens <= shape.ring_slots, "the ring is too small"
+                self.rows[at][1] = tokens + 1
+                drawn[task] = drawn.get(task, 0) + 1
+                if tokens + 1 == self.lengths[task]:
+                    over.add(task)
+                    del self.rows[at]
+        self.flights.append((drawn, over))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_completion_is_made_once_and_no_row_is_ever_in_two_hands(seed):
+    rng = random.Random(seed)
+    requests, samples = rng.randint(1, 30), rng.choice([1, 1, 2, 3, 8])
+    rows, chunk = rng.choice([1, 3, 8, 48, 64]), rng.choice([1, 5, 32])
+    shards, least = rng.choice([(1, 1), (1, 8), (4, 1)])
+    limit = rng.choice([5, 90, 600])
+    prompts = [rng.randint(1, 300) for _ in range(requests)]
+    tasks = [Task(r, s) for r in range(requests) for s in range(samples)]
+    lengths = {t: min(1 + int(rng.expovariate(1 / 60)), limit) for t in tasks}
+    schedule = Schedule(prompts, [limit] * requests, samples, rows, chunk, shards, least)
+    device = Device(schedule, rng, lengths)
+    made, shapes, flights = {}, [], 0
+
+    def apply(move):
+        device.move(schedule.shape, move)
+        schedule.moved(move)
+
+    while not schedule.done:
+        while len(schedule.flights) < 2:
+            admission = schedule.admit()
+            if move := schedule.widen(admission):
+                apply(move)
+            device.enter(admission)
+            if move := schedule.move():
+                apply(move)
+            shape = schedule.shape
+            shapes.append(shape)
+            assert shape.groups % shards == 0
+            # What the mesh asks for may be more than was wished.
+            assert shape.rows <= max(rows, shards * shape.width)
+            assert all(len(admission.prefill) <= shape.groups for _ in (0,))
+            held = [prompts[r] for r in device.prompts.values()]
+            assert max(held, default=1) <= shape.prompt_slots
+            floor = schedule.floor()
+            device.fly(chunk, floor)
+            schedule.fly()
+            flights += 1
+        flight = schedule.land()
+        drawn, over = device.flights.pop(0)
+        assert set(drawn) <= set(flight.tasks.values())
+        for task in flight.tasks.values():
+            if schedule.goes_on(task):
+                schedule.drew(task, drawn.get(task, 0), task in over)
+                made[task] = made.get(task, 0) + drawn.get(task, 0)
+        assert flights < 20 * (sum(lengths.values()) / chunk + len(tasks) + 10)
+    assert made == lengths
+    # It shrinks and grows along ladders, so that there are few programs.
+    assert len({(s.groups, s.width) for s in shapes}) <= 12
+    assert len(set(shapes)) <= 24
+
+
+def test_samples_of_a_prompt_are_side_by_side_where_there_is_room():
+    schedule = Schedule([10] * 8, [50] * 8, 8, 64, 32)
+    admission = schedule.admit()
+    assert schedule.shape[:2] == (8, 8)
+    assert len(admission.prefill) == 8 and len(admission.start) == 64 and not admission.copy
+
+
+def test_where_requests_abound_a_row_takes_the_samples_of_its_prompt_one_after_another():
+    schedule = Schedule([10] * 10, [50] * 10, 3, 4, 32)
+    admission = schedule.admit()
+    assert schedule.shape[:2] == (4, 1)
+    assert [task.sample for _, _, task in admission.start] == [0] * 4
+    schedule.fly()
+    flight = schedule.land()
+    for task in flight.tasks.values():
+        schedule.drew(task, 3, True)
+    again = schedule.admit()
+    # No prompt is computed a second time.
+    assert not again.prefill and [task.sample for _, _, task in again.start] == [1] * 4
+
+
+def test_a_free_group_takes_over_samples_that_wait_elsewhere():
+    schedule = Schedule([10], [50], 6, 4, 32)
+    admission = schedule.admit()
+    assert len(admission.prefill) == 1
+    assert len(admission.start) == min(6, schedule.shape.rows)
+
+
+def test_short_completions_never_change_the_shape():
+    schedule = Schedule([10] * 70, [96] * 70, 1, 64, 32)
+    shapes = set()
+    while not schedule.done:
+        schedule.admit()
+        assert schedule.move() is None
+        shapes.add(schedule.shape)
+        schedule.fly()
+        for task in schedule.land().tasks.values():
+            schedule.drew(task, 30, True)
+    assert len(shapes) == 1
