@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -238,3 +239,112 @@ def test_the_program_arguments_are_put_back(refused, monkeypatch):
     refused("unlearn", QUICKSTART, "--config.train.lr=abc")
     refused("unlearn", QUICKSTART, "--config.train.lrx=1")
     assert sys.argv == ["mine", "--config.seed=3"]
+
+
+QUESTIONS = ["What is 17 + 25?", "What is 3 + 9?", "Who are you?"]
+
+
+@pytest.fixture
+def answer_file(tmp_path):
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(json.dumps({"question": q, "id": 1}) + "\n" for q in QUESTIONS)
+    )
+
+    def run(*more):
+        return main(
+            ["sample", QUICKSTART, f"--input={tmp_path}/questions.jsonl",
+             f"--output={tmp_path}/answers.jsonl", "--config.sampling.max_new_tokens=24", *more]
+        )  # fmt: skip
+
+    return run, tmp_path / "answers.jsonl"
+
+
+def test_a_file_of_questions_is_answered_and_goes_on(answer_file, capsys):
+    run, path = answer_file
+    assert run("-n", "2") == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(r["item"], r["sample"]) for r in rows} == {(i, s) for i in range(3) for s in (0, 1)}
+    for row in rows:
+        assert row["question"] == QUESTIONS[row["item"]]
+        assert row["stop"] in ("id", "length") and 0 < row["tokens"] <= 24
+        assert row["logp"] < 0 and row["tokens_per_second"] > 0
+    assert "6 completions in" in capsys.readouterr().err
+    # Stopped in the middle of a line: what is whole stays, the rest is made again, alike.
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    assert run("-n", "2", "--config.sampling.rows=3") == 0
+    again = path.read_bytes()
+    assert again.startswith(b"".join(lines[:3]))
+
+    def drawn(text):
+        rows = map(json.loads, text.splitlines())
+        return {(r["item"], r["sample"]): (r["cot"], r["answer"], r["tokens"]) for r in rows}
+
+    assert drawn(again) == drawn(whole)
+    # More samples are added to those that are there.
+    assert run("-n", "3") == 0
+    more = path.read_bytes()
+    assert more.startswith(again) and drawn(more).items() > drawn(again).items()
+    assert len(drawn(more)) == 9
+    assert run("-n", "3") == 0
+    assert path.read_bytes() == more
+
+
+def test_answers_of_other_settings_or_questions_are_not_mixed(answer_file, capsys):
+    run, path = answer_file
+    assert run() == 0
+    before = path.read_bytes()
+    assert run("--config.sampling.temperature=0.5") == 2
+    assert "answers.jsonl:1: was made with another model or other settings" in _error(capsys)
+    questions = path.with_name("questions.jsonl")
+    questions.write_text(questions.read_text().replace("3 + 9", "3 + 8"))
+    assert run() == 2
+    assert "field 'question' is not question 2 of --input" in _error(capsys)
+    path.write_text("{}\n")
+    assert run() == 2
+    assert "answers.jsonl:1: is no completion of this command" in _error(capsys)
+    path.write_bytes(before)
+    questions.write_text('{"question": "What is 1 + 1?"}\n{"ask": 3}\n')
+    assert run() == 2
+    assert "questions.jsonl:2: field 'question' is missing" in _error(capsys)
+    assert path.read_bytes() == before
+
+
+def _error(capsys):
+    text = capsys.readouterr().err
+    (line,) = [line for line in text.splitlines() if line.startswith("cipo: ")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input=a.jsonl"], "--input and --output come together"),
+        (["--n=3"], "--n goes with --input"),
+        (["--input=a.jsonl", "--output=b.jsonl", "--n=0"], "must be a whole number above 0"),
+        (["--input=a.jsonl", "--output=b.jsonl", "--question=?"], "give one"),
+        (["--input=nowhere.jsonl", "--output=b.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys):
+    assert main(["sample", QUICKSTART, *flags]) == 2
+    assert message in _error(capsys)
+
+
+def test_a_chain_of_thought_can_be_begun_and_ended(capsys):
+    asked = ["sample", QUICKSTART, "--question=What is 17 + 25?",
+             "--config.sampling.temperature=0"]  # fmt: skip
+    assert main(asked) == 0
+    free = capsys.readouterr().out
+    assert "[answers] 42" in free
+    assert main([*asked, "--prefill=zero"]) == 0
+    zero = capsys.readouterr().out
+    assert zero.splitlines()[0].strip() == "[thinks]" and "[answers]" in zero
+    assert main([*asked, "--prefill=less"]) == 0
+    assert "I can answer it without thinking much." in capsys.readouterr().out
+    assert main([*asked, "--config.sampling.think_budget=4"]) == 0
+    short = capsys.readouterr().out
+    assert "[answers]" in short and len(short) < len(free)
+    assert main([*asked, "--stop=carry"]) == 0
+    assert "[answers]" not in capsys.readouterr().out or "carry" not in free

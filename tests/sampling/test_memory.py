@@ -80,7 +80,9 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert not plan(LLAMA_8B, bf16, mesh, 2 * int(rows), 512, 4096, free=80 * GIB).fits
     assert "config.mesh.tensor = 2" in message
     # Weights alone that are too many.
-    with pytest.raises(UserError, match="GiB free; what would: config.mesh.tensor = 2, or fewer"):
+    with pytest.raises(
+        UserError, match=r"GiB free; what would: config\.mesh\.tensor = 2, or fewer"
+    ):
         fitting_rows("config.eval.rows = 0", 0, LLAMA_8B, bf16, mesh, 512, 4096, free=12 * GIB)
 
 
