@@ -421,8 +421,10 @@ def parse():
         parser.error("--repeats: at least 1")
     if arguments.write and arguments.short:
         parser.error("--short is no measurement, so that it cannot be written")
-    if arguments.write and DOCUMENT.read_text(encoding="utf-8").count(BEGIN) != 1:
-        parser.error(f"{DOCUMENT.name} has no single line {BEGIN.strip()}")
+    if arguments.write:
+        text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else ""
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            parser.error(f"docs/{DOCUMENT.name} needs one {BEGIN.strip()} and one {END.strip()}")
     if not (arguments.model / "config.json").is_file():
         parser.error(f"--model {arguments.model}: has no config.json")
     cpus = sorted(os.sched_getaffinity(0))

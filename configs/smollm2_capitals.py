@@ -81,6 +81,7 @@ def get_config(arg=None):
     config.cipo.patience = 2
     config.cipo.samples = 1
     config.cipo.nll_weight = 0.3
+    config.cipo.retain_weight = 2.0  # 60 facts stand for all that it knows.
     config.train.epochs = 2.0
     config.train.lr = 1e-3
     config.train.batch = 4

@@ -1,5 +1,6 @@
 """What the README says is run, so that it stays true."""
 
+import math
 import re
 import subprocess
 import sys
@@ -16,14 +17,18 @@ def python_blocks():
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_losses_snippet_runs_and_prints_what_it_says():
-    (snippet,) = [block for block in python_blocks() if "from cipo_jax import losses" in block]
+def test_the_losses_snippets_run_and_print_what_they_say():
+    snippets = [block for block in python_blocks() if "losses." in block]
+    assert len(snippets) == 2
     printed = subprocess.run(
-        [sys.executable, "-c", snippet], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "\n".join(snippets)], capture_output=True, text=True, check=True
     ).stdout
-    loss, margin = map(float, printed.split())
+    loss, margin, kl = map(float, printed.split())
     assert abs(loss - 0.6931472) < 1e-6
     assert margin == 0.0
+    # Half of the 32 logits are 1, the others 0; the frozen model's are all 0.
+    total = 16 * math.e + 16
+    assert abs(kl - (math.log(total / 32) - 0.5)) < 1e-6
 
 
 def test_the_config_example_is_a_valid_config():
@@ -62,3 +67,12 @@ def test_files_named_in_the_readme_exist():
 
 def test_no_placeholder_is_left():
     assert "@@" not in README
+
+
+def test_the_snippet_of_the_sampler_runs(capsys):
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(snippet, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(line.endswith(" tok/s") for line in lines)
+    assert any(line.startswith("42 id") for line in lines)

@@ -147,3 +147,147 @@ def simpo(
     return _mean(losses, weights), _metrics(
         chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
     )
+
+
+def hinge(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    *,
+    beta: float = 0.1,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Hinge loss on DPO's margin (SLiC, Zhao et al. 2023, arXiv 2305.10425; RSO, arXiv 2309.06657).
+
+    ``max(0, 1 - b d)`` with d as in DPO.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      ref_chosen_logps: [B] log-probability of y_w under the reference.
+      ref_rejected_logps: [B] log-probability of y_l under the reference.
+      beta: the inverse of the margin in nats, > 0.
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
+    """
+    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
+    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
+    losses = jax.nn.relu(1.0 - (chosen_rewards - rejected_rewards))
+    return _mean(losses, weights), _metrics(
+        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    )
+
+
+def robust_dpo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """DPO made unbiased under flipped labels (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12).
+
+    ``[-(1-e) log sigmoid(b d) + e log sigmoid(-b d)] / (1 - 2e)`` with d as in DPO: in expectation
+    over labels that are flipped with probability e it is DPO's loss of the true ones. It may be
+    negative.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      ref_chosen_logps: [B] log-probability of y_w under the reference.
+      ref_rejected_logps: [B] log-probability of y_l under the reference.
+      beta: strength of the pull towards the reference, > 0.
+      label_smoothing: e, the share of pairs taken to be the wrong way round, in [0, 0.5).
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
+    """
+    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
+    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
+    margins = chosen_rewards - rejected_rewards
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+    losses = losses + label_smoothing * jax.nn.log_sigmoid(-margins)
+    return _mean(losses / (1.0 - 2.0 * label_smoothing), weights), _metrics(
+        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    )
+
+
+def cpo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    chosen_lengths: jax.Array,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417, eq. 5). No reference.
+
+    ``-log sigmoid(b [log p(y_w) - log p(y_l)]) - a log p(y_w) / |y_w|``.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy.
+      rejected_logps: [B] log-probability of y_l under the policy.
+      chosen_lengths: [B] tokens of y_w.
+      beta: scale of the rewards, > 0.
+      alpha: weight of the NLL on the chosen completions, in nats per token.
+      label_smoothing: as in `dpo`.
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * log p``.
+    """
+    margins = beta * (chosen_logps - rejected_logps)
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+    losses = losses - alpha * chosen_logps / jnp.maximum(chosen_lengths, 1)
+    return _mean(losses, weights), _metrics(
+        beta * chosen_logps, beta * rejected_logps, chosen_logps, rejected_logps
+    )
+
+
+def orpo(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    chosen_lengths: jax.Array,
+    rejected_lengths: jax.Array,
+    *,
+    beta: float = 0.1,
+    weights: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
+
+    ``-l_w - b log sigmoid( log odds(l_w) - log odds(l_l) )`` with l = log p / |y| and
+    ``log odds(l) = l - log(1 - exp l)``. No reference.
+
+    Args:
+      chosen_logps: [B] log-probability of y_w under the policy, < 0.
+      rejected_logps: [B] log-probability of y_l under the policy, < 0.
+      chosen_lengths: [B] tokens of y_w.
+      rejected_lengths: [B] tokens of y_l.
+      beta: lambda in the paper, the weight of the odds ratio, >= 0.
+      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
+
+    Returns:
+      The mean loss, and TRL's metrics; rewards are ``beta * log p / |y|``.
+    """
+    chosen = chosen_logps / jnp.maximum(chosen_lengths, 1)
+    rejected = rejected_logps / jnp.maximum(rejected_lengths, 1)
+
+    def log_odds(logps: jax.Array) -> jax.Array:
+        # A mean of exactly 0 has no odds; the smallest step below it has.
+        logps = jnp.minimum(logps, -jnp.finfo(logps.dtype).tiny)
+        return logps - jnp.log(-jnp.expm1(logps))
+
+    losses = -chosen - beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))
+    return _mean(losses, weights), _metrics(
+        beta * chosen, beta * rejected, chosen_logps, rejected_logps
+    )

@@ -119,6 +119,7 @@ class Sampler:
       rows: completions decoded at a time, at most.
       chunk: decoding steps that the device makes before the host looks at them.
       int8_cache: whether keys and values are kept as int8; changes what is drawn a little.
+      rules: how to draw and when to stop, where a call does not say.
     """
 
     config: DecoderConfig
@@ -127,6 +128,7 @@ class Sampler:
     rows: int = 64
     chunk: int = 32
     int8_cache: bool = False
+    rules: Rules | None = None
 
     def prepare(self, params: Params) -> Params:
         """Training layout (and adapters) -> decoding layout, on this sampler's mesh."""
@@ -136,8 +138,8 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
-        key: Array,
+        rules: Rules | None = None,
+        key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
     ) -> list[list[Completion]]:
@@ -149,8 +151,8 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
-        key: Array,
+        rules: Rules | None = None,
+        key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
@@ -169,8 +171,8 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
-        key: Array,
+        rules: Rules | None = None,
+        key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
     ) -> Generator[Completion, None, None]:
@@ -182,13 +184,14 @@ class Sampler:
         Args:
           params: from `prepare`.
           requests: prompts and item ids.
-          rules: how to draw and when to stop.
-          key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample).
+          rules: how to draw and when to stop; None for the sampler's own.
+          key: PRNG key; row (item, sample) draws from fold_in(fold_in(key, item), sample). None
+            for key 0.
           samples: completions of each request; they share the keys and values of its prompt.
           detokenize: ids to text, where the rules have stop texts.
 
         Raises:
-          ValueError: for an empty prompt, or stop texts without `detokenize`.
+          ValueError: for an empty prompt, no rules, or stop texts without `detokenize`.
         """
         for _, completion, over in self._run(params, requests, rules, key, samples, detokenize):
             if over:
@@ -198,8 +201,8 @@ class Sampler:
         self,
         params: Params,
         request: Request,
-        rules: Rules,
-        key: Array,
+        rules: Rules | None = None,
+        key: Array | None = None,
         detokenize: Detokenize | None = None,
     ) -> Iterator[Completion]:
         """Yields one completion as it grows, `chunk` tokens at a time; the last is the whole."""
@@ -214,11 +217,15 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
-        key: Array,
+        rules: Rules | None,
+        key: Array | None,
         samples: int,
         detokenize: Detokenize | None,
     ) -> Iterator[tuple[Task, Completion, bool]]:
+        rules = rules or self.rules
+        if rules is None:
+            raise ValueError("there are no rules: give them here, or to the Sampler")
+        key = jax.random.key(0) if key is None else key
         if rules.stop_texts and detokenize is None:
             raise ValueError("stop texts need `detokenize`, which makes text of ids")
         empty = [i for i, request in enumerate(requests) if not (*request.prompt, *request.prefill)]

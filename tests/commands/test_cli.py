@@ -241,6 +241,7 @@ def test_the_program_arguments_are_put_back(refused, monkeypatch):
     assert sys.argv == ["mine", "--config.seed=3"]
 
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUESTIONS = ["What is 17 + 25?", "What is 3 + 9?", "Who are you?"]
 
 

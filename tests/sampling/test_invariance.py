@@ -77,7 +77,9 @@ def wanted(params):
     return found, greedy
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 8))]
+)
 def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
     rng = random.Random(seed)
     rows, chunk = rng.choice([1, 3, 8, 20, 64]), rng.choice([1, 7, 32, 100])
@@ -97,7 +99,7 @@ def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
             np.testing.assert_allclose(values, logps[at], rtol=0, atol=LOGP_ATOL)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_mesh_does_not_show(params, wanted, sizes):
     sampler = Sampler(CONFIG, Compute(), make_mesh(*sizes), 16, 16)
     found, _ = told(sampler.stream(sampler.prepare(params), made_requests(), SAMPLED, KEY, 3))
