@@ -55,6 +55,9 @@ def run(argv: list[str]) -> int:
     if flags.input:
         from cipo_jax.data.readers import read_questions
 
+        if Path(flags.input).resolve() == Path(flags.output).resolve():
+            raise UserError(f"sample: --output={flags.output} is the input; give another file")
+
         return _Asker(config, flags, in_file=True).file(
             read_questions(flags.input), Path(flags.output), int(flags.n or 1)
         )
@@ -69,13 +72,14 @@ class _Asker:
         from cipo_jax.models.decoder import abstract_params
         from cipo_jax.models.hub import resolve
         from cipo_jax.models.lora import assemble, load_adapters, lora_of
-        from cipo_jax.models.reasoning_model import ReasoningModel, compute_of
+        from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
         from cipo_jax.sampling.memory import fitting_rows
         from cipo_jax.sampling.sampler import Sampler, rules_of_settings
         from cipo_jax.training.mesh import make_mesh, param_shardings
         from cipo_jax.unlearning.engine import address
 
         settings = config.sampling
+        self._adapters = fingerprint(resolve(config.lora.path)) if config.lora.path else ""
         self._config, self._verbose = config, bool(flags.verbose)
         model = ReasoningModel.open(config.model.path, config.think)
         self._model, self._format = model, model.format
@@ -105,7 +109,8 @@ class _Asker:
         self._params = self._sampler.prepare(params)
         self._stops = (flags.stop,) if flags.stop else ()
         self._rules = rules_of_settings(model.format, settings, self._stops)
-        text = _PREFILLS.get(flags.prefill, flags.prefill).replace("{close}", model.format.close)
+        wished: str = flags.prefill or ""
+        text = _PREFILLS.get(wished, wished).replace("{close}", model.format.close)
         self._prefill_text = text
         self._prefill = model.format.text_ids(text)
         self._key = address(config.seed, "sample")
@@ -168,11 +173,14 @@ class _Asker:
         made_by = self._made_by()
         done = _read_done(path, questions, made_by)
         missing = [
-            item
+            (item, sample)
             for item in range(len(questions))
-            if any((item, sample) not in done for sample in range(samples))
+            for sample in range(samples)
+            if (item, sample) not in done
         ]
-        requests = [self._request(questions[item], item) for item in missing]
+        first = min((sample for _, sample in missing), default=0)
+        items = dict.fromkeys(item for item, _ in missing)
+        requests = [self._request(questions[item], item) for item in items]
         reporter = Reporter()
         started, tokens = time.monotonic(), 0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +194,9 @@ class _Asker:
                         requests,
                         self._rules,
                         self._key,
-                        samples,
+                        samples - first,
                         self._format.text_of,
+                        first,
                     )
                 ) as completions,
             ):
@@ -223,7 +232,7 @@ class _Asker:
             model,
             config["seed"],
             config["think"],
-            config["lora"]["path"],
+            self._adapters,
             sampling,
             self._prefill_text,
             self._stops,
@@ -246,6 +255,9 @@ class _Asker:
         }
 
 
+_BEGINS = b'{"item": '  # each line of an output
+
+
 def _read_done(path: Path, questions: list[str], made_by: str) -> set[tuple[int, int]]:
     """(item, sample) of the completions that a file has; a torn last line is cut off."""
     done: set[tuple[int, int]] = set()
@@ -256,8 +268,8 @@ def _read_done(path: Path, questions: list[str], made_by: str) -> set[tuple[int,
     whole = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
+            if not line.endswith(b"\n") and (line[: len(_BEGINS)] == _BEGINS[: len(line)]):
+                break  # The process that wrote it was stopped.
             try:
                 row = json.loads(line)
                 item, sample, question = row["item"], row["sample"], row["question"]

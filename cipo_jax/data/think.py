@@ -213,6 +213,11 @@ class ThinkFormat:
         """Ids of the tag that closes the think block."""
         return self._encode(self.close)
 
+    @property
+    def close_is_token(self) -> bool:
+        """Whether the closing tag is a token of its own."""
+        return self.close not in self._spelled_tags
+
     # ---- text to ids
 
     def text_ids(self, text: str) -> list[int]:
@@ -220,8 +225,9 @@ class ThinkFormat:
         return self._encode(text) if text else []
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
-        return self._decode(ids)
+        """The text of ids, special tokens included."""
+        known = [int(i) for i in ids if i < self.vocabulary]
+        return self.tokenizer.decode(known, clean_up_tokenization_spaces=False)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

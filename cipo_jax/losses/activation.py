@@ -11,7 +11,8 @@ Metrics = dict[str, jax.Array]
 
 
 def _mean_square(difference: jax.Array, mask: jax.Array) -> jax.Array:
-    squares = jnp.where(mask[..., None], jnp.square(difference), 0.0)
+    wide = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
+    squares = jnp.square(jnp.where(mask[..., None], wide, 0.0))
     count = jnp.maximum(jnp.sum(mask), 1).astype(squares.dtype)
     return jnp.sum(squares) / (count * difference.shape[-1])
 

@@ -1,9 +1,10 @@
 """Losses on whole next-token distributions, and a way to have them without [B, C, V].
 
 Each comes in two layers. The ``*_per_token`` functions take logits [..., V] and give [...]; the
-losses of the same names take the mean over the tokens that a mask counts. For a model whose logits
-would not fit, `over_chunks` applies a per-token function to hidden states and the head, a chunk of
-tokens at a time, forwards and backwards:
+losses of the same names take the mean over the tokens that a mask counts, and logits of the others
+may be anything. All are computed in float32 at least. For a model whose logits would not fit,
+`over_chunks` applies a per-token function to hidden states and the head, a chunk of tokens at a
+time, forwards and backwards:
 
     values = over_chunks(kl_per_token, [(hidden, head), (ref_hidden, ref_head)], chunk=1024)
     loss = jnp.sum(jnp.where(mask, values, 0)) / jnp.sum(mask)
@@ -30,8 +31,22 @@ def _is(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return vocabulary == targets[..., None]
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _counted(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zeros where a token does not count, before anything is computed from it.
+
+    A NaN there would otherwise come back in the gradient, as 0 times NaN.
+    """
+    return jnp.where(mask[..., None], _wide(x), 0.0)
+
+
 def _cross_entropy(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
     """``-sum_v softmax(target)_v log softmax(logits)_v``; the target gets no gradient."""
+    target_logits, logits = _wide(target_logits), _wide(logits)
     target = jax.nn.softmax(jax.lax.stop_gradient(target_logits), axis=-1)
     # Where the target has no mass, log-probabilities of minus infinity do not matter.
     return -jnp.sum(jnp.where(target > 0, target * jax.nn.log_softmax(logits, axis=-1), 0.0), -1)
@@ -39,8 +54,9 @@ def _cross_entropy(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
 
 def kl_per_token(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """``KL(p_ref || p)`` of each position: [..., V], [..., V] -> [...], in nats."""
-    ref = jax.lax.stop_gradient(ref_logits)
-    return _cross_entropy(ref, logits) - _cross_entropy(ref, ref)
+    ref = jax.nn.log_softmax(_wide(jax.lax.stop_gradient(ref_logits)), axis=-1)
+    difference = ref - jax.nn.log_softmax(_wide(logits), axis=-1)
+    return jnp.sum(jnp.where(ref > -jnp.inf, jnp.exp(ref) * difference, 0.0), axis=-1)
 
 
 def kd_per_token(
@@ -72,6 +88,7 @@ def undial_per_token(
 
 def flatness_per_token(logits: jax.Array) -> jax.Array:
     """``(max_v z_v - mean_v z_v)^2`` of each position: PDU's forget loss (arXiv 2506.05314)."""
+    logits = _wide(logits)
     return jnp.square(jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1))
 
 
@@ -86,7 +103,7 @@ def kl(logits: jax.Array, ref_logits: jax.Array, mask: jax.Array) -> tuple[jax.A
     Returns:
       The loss in nats a token, and {"kl"}.
     """
-    loss = _token_mean(kl_per_token(logits, ref_logits), mask)
+    loss = _token_mean(kl_per_token(_counted(logits, mask), _counted(ref_logits, mask)), mask)
     return loss, {"kl": loss}
 
 
@@ -104,6 +121,7 @@ def kd(
     Returns:
       The loss, and {"kd"}.
     """
+    logits, teacher_logits = _counted(logits, mask), _counted(teacher_logits, mask)
     loss = _token_mean(kd_per_token(logits, teacher_logits, temperature), mask)
     return loss, {"kd": loss}
 
@@ -119,7 +137,7 @@ def ceu(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Arr
     Returns:
       The loss, and {"forget/ceu"}.
     """
-    loss = _token_mean(ceu_per_token(logits, targets), mask)
+    loss = _token_mean(ceu_per_token(_counted(logits, mask), targets), mask)
     return loss, {"forget/ceu": loss}
 
 
@@ -143,6 +161,7 @@ def undial(
     Returns:
       The loss, and {"forget/undial"}.
     """
+    logits, ref_logits = _counted(logits, mask), _counted(ref_logits, mask)
     loss = _token_mean(undial_per_token(logits, ref_logits, targets, beta), mask)
     return loss, {"forget/undial": loss}
 
@@ -157,7 +176,7 @@ def flatness(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
     Returns:
       The loss, and {"forget/flatness"}.
     """
-    loss = _token_mean(flatness_per_token(logits), mask)
+    loss = _token_mean(flatness_per_token(_counted(logits, mask)), mask)
     return loss, {"forget/flatness": loss}
 
 

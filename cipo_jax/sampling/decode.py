@@ -11,7 +11,7 @@ cleared or moved.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from cipo_jax.ops.sampling import draw
 from cipo_jax.typing import Array, Bool, Float, Int, Params
 
 IDLE = -1  # Stands for the token of a row that has nothing to do.
+
+# Keys of another kind give other numbers where a batch has another size.
+KEYS = "threefry2x32"
 
 STOPPED_AT_LENGTH = 0
 STOPPED_BY_ID = 1
@@ -239,7 +242,7 @@ def empty(
         drawn=jnp.zeros((G, w), jnp.int32),
         limit=jnp.zeros((G, w), jnp.int32),
         active=jnp.zeros((G, w), bool),
-        keys=jnp.broadcast_to(jax.random.key(0), (G, w)),
+        keys=jnp.broadcast_to(jax.random.key(0, impl=KEYS), (G, w)),
         closed=jnp.zeros((G, w), bool),
         recent=jnp.full((G, w, len(rules.close_ids)), IDLE, jnp.int32),
         seen=jnp.zeros((G, w, seen), bool),
@@ -305,10 +308,17 @@ def put_groups(
     return jax.tree.map(one, old, new)
 
 
+def copy_groups(tree: Params, source: Int[Array, " P"], into: Int[Array, " P"]) -> Params:
+    """Copies groups source over groups `into` of the same arrays; donate them.
+
+    All are read before any is written. No `into` beyond G counts.
+    """
+    return jax.tree.map(lambda x: x.at[into].set(x[source], mode="drop"), tree)
+
+
 def start_rows(
     rows: Rows,
     key: Int[Array, " k"],
-    key_impl: Any,
     start: Bool[Array, "G w"],
     items: Int[Array, "G w"],
     samples: Int[Array, "G w"],
@@ -320,14 +330,13 @@ def start_rows(
     Args:
       rows: as they are.
       key: numbers of the PRNG key of all; a row's is fold_in(fold_in(key, item), sample).
-      key_impl: kind of the key (static).
       start: which rows start.
       items: of each row.
       samples: of each row.
       limits: tokens after which each row ends.
       closed: whether the think block was closed in the prompt already.
     """
-    whole = jax.random.wrap_key_data(key, impl=key_impl)
+    whole = jax.random.wrap_key_data(key, impl=KEYS)
     fold = jax.vmap(jax.vmap(lambda i, s: jax.random.fold_in(jax.random.fold_in(whole, i), s)))
     fresh = Rows(
         token=jnp.zeros_like(rows.token),

@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.schedule import prompt_bucket
-from cipo_jax.training.mesh import decoding_shardings
+from cipo_jax.sampling.schedule import PREFILL_TOKENS, prompt_bucket
+from cipo_jax.training.mesh import decoding_shardings, make_mesh
 from cipo_jax.typing import Params
 
 _MOST_ROWS = {"cpu": 64}  # Beyond these another row takes as long as it saves.
@@ -29,7 +31,7 @@ class Plan:
       weights: in the decoding layout.
       cache: keys and values of prompts and responses, all at their greatest length, and one
         layer's once more, for the time in which a ring grows.
-      work: logits of a step and their like.
+      work: logits of a step and their like, and prompts while they are computed.
       resident: what lies there besides, such as the weights in the training layout.
       free: what there was to begin with.
     """
@@ -55,18 +57,32 @@ class Plan:
 
         return (
             f"{self.rows} rows: {gib(self.total)} GiB a device (weights {gib(self.weights)}, cache "
-            f"{gib(self.cache)}, logits {gib(self.work)}, besides {gib(self.resident)}) of "
+            f"{gib(self.cache)}, work {gib(self.work)}, besides {gib(self.resident)}) of "
             f"{gib(self.free)} GiB free"
         )
 
 
 def free_bytes(device: Any) -> int:
-    """Free memory of a device; of a CPU what the machine has, shared by all its devices."""
+    """Free memory of a device; of a CPU what the machine or its container has, for each device."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        whole = min(whole, int(text))
     return whole // jax.local_device_count(backend="cpu")
+
+
+def _least_free_bytes(mesh: Mesh) -> int:
+    """Of all processes, so that all make the same plan."""
+    free = free_bytes(mesh.local_devices[0])
+    if jax.process_count() == 1:
+        return free
+    from jax.experimental import multihost_utils
+
+    # In MiB, since integers of JAX have 32 bits.
+    return int(multihost_utils.process_allgather(np.int32(free >> 20)).min()) << 20
 
 
 def sharded_bytes(abstract: Params, shardings: Params) -> int:
@@ -111,14 +127,22 @@ def plan(
     slots = prompt_bucket(prompt_tokens) + -(-new_tokens // 16) * 16
     here = -(-rows // shards)
     layer = here * slots * 2 * -(-config.kv_heads // tensor) * vector
+    # Logits, what is left of them by the rules, and the noise, in float32.
+    logits = here * -(-config.vocab_size // tensor) * 4 * 4
+    # Prompts on their way into the cache: keys and values, the widest activations, and scores.
+    length = prompt_bucket(prompt_tokens)
+    prompts = max(min(here, PREFILL_TOKENS // length), 1)
+    scores = 0 if compute.attention == "cudnn" else config.heads // tensor * length * 4
+    wide = (4 * config.d_model + 3 * config.d_ff // tensor) * width
+    kept = config.layers * 2 * -(-config.kv_heads // tensor) * vector
+    prefill = prompts * length * (scores + wide + kept)
     return Plan(
         rows=rows,
         weights=sharded_bytes(layout, decoding_shardings(layout, mesh)),
         cache=layer * (config.layers + 1),
-        # Logits, what is left of them by the rules, and the noise, in float32.
-        work=here * -(-config.vocab_size // tensor) * 4 * 4,
+        work=max(logits, prefill),
         resident=resident,
-        free=free_bytes(mesh.local_devices[0]) if free is None else free,
+        free=_least_free_bytes(mesh) if free is None else free,
     )
 
 
@@ -158,10 +182,23 @@ def fitting_rows(
     if wanted.fits:
         return wanted if rows else max((p for p in map(of, sizes) if p.fits), key=lambda p: p.rows)
     ways = [f"{p.rows} rows" for p in map(of, reversed(sizes)) if p.fits and p.rows < wanted.rows]
+    ways = ways[:1]
     if not more.get("int8_cache") and of(wanted.rows, int8_cache=True).fits:
-        ways = [*ways[:1], "config.sampling.int8_cache"]
-    tensor = mesh.shape["tensor"]
-    wider = [t for t in range(2, config.kv_heads + 1) if config.kv_heads % t == 0 and t > tensor]
-    ways = [*ways[:2], *(f"config.mesh.tensor = {t}" for t in wider[:1])]
-    ways.append("fewer tokens")
-    raise UserError(f"{name} does not fit: {wanted}; what would: {', or '.join(ways)}")
+        ways.append("config.sampling.int8_cache")
+    for tensor in _wider(mesh, config.kv_heads):
+        other = make_mesh(-1, 1, tensor, devices=list(mesh.devices.flat))
+        if plan(config, compute, other, wanted.rows, prompt_tokens, new_tokens, **more).fits:
+            ways.append(f"config.mesh.tensor = {tensor}")
+            break
+    half = new_tokens // 2
+    if half and plan(config, compute, mesh, wanted.rows, prompt_tokens, half, **more).fits:
+        ways.append(f"{half} new tokens")
+    raise UserError(
+        f"{name} does not fit: {wanted}; what would: {' or '.join(ways) or 'larger devices'}"
+    )
+
+
+def _wider(mesh: Mesh, kv_heads: int) -> list[int]:
+    """Sizes of the tensor axis, above the present one, that devices and heads divide by."""
+    most = math.gcd(mesh.devices.size, kv_heads)
+    return [t for t in range(mesh.shape["tensor"] + 1, most + 1) if most % t == 0]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.data.think import ThinkFormat
+from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
 from cipo_jax.sampling import decode as device
 from cipo_jax.sampling.decode import Rules
@@ -81,7 +82,17 @@ def rules_of(
     top_p: float = 1.0,
     **more: Any,
 ) -> Rules:
-    """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks."""
+    """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks.
+
+    Raises:
+      UserError: for a think budget where the closing tag is no token of its own: such a tag may
+        share tokens with what follows, so that the sampler could not tell a closed block.
+    """
+    if more.get("think_budget") and not format.close_is_token:
+        raise UserError(
+            f"config.sampling.think_budget: {format.close!r} is ordinary text to this tokenizer, "
+            "not a token; a thinking budget needs a closing tag that is one"
+        )
     return Rules(
         max_new_tokens,
         format.stop_ids,
@@ -131,7 +142,14 @@ class Sampler:
     rules: Rules | None = None
 
     def prepare(self, params: Params) -> Params:
-        """Training layout (and adapters) -> decoding layout, on this sampler's mesh."""
+        """Training layout (and adapters) -> decoding layout, on this sampler's mesh.
+
+        Parameters that lie elsewhere, such as on the first device alone, are copied there first.
+        """
+        devices = set(self.mesh.devices.flat)
+        leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+        if any(x.sharding.device_set != devices for x in leaves):
+            params = jax.device_put(params, replicated(self.mesh))
         return self._prepare(params)
 
     def sample(
@@ -175,6 +193,7 @@ class Sampler:
         key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
+        first_sample: int = 0,
     ) -> Generator[Completion, None, None]:
         """Yields completions as they finish.
 
@@ -189,13 +208,14 @@ class Sampler:
             for key 0.
           samples: completions of each request; they share the keys and values of its prompt.
           detokenize: ids to text, where the rules have stop texts.
+          first_sample: number of the first of the `samples`.
 
         Raises:
-          ValueError: for an empty prompt, no rules, or stop texts without `detokenize`.
+          ValueError: for what cannot be sampled: an empty prompt, no token at all, no rules, stop
+            texts without `detokenize`, a key that is not of JAX's usual kind.
         """
-        for _, completion, over in self._run(params, requests, rules, key, samples, detokenize):
-            if over:
-                yield completion
+        run = self._run(params, requests, rules, key, samples, detokenize, first_sample)
+        return (completion for _, completion, over in run if over)
 
     def stream_parts(
         self,
@@ -221,18 +241,33 @@ class Sampler:
         key: Array | None,
         samples: int,
         detokenize: Detokenize | None,
+        first_sample: int = 0,
     ) -> Iterator[tuple[Task, Completion, bool]]:
         rules = rules or self.rules
+        key = jax.random.key(0, impl=device.KEYS) if key is None else key
         if rules is None:
             raise ValueError("there are no rules: give them here, or to the Sampler")
-        key = jax.random.key(0) if key is None else key
         if rules.stop_texts and detokenize is None:
             raise ValueError("stop texts need `detokenize`, which makes text of ids")
-        empty = [i for i, request in enumerate(requests) if not (*request.prompt, *request.prefill)]
-        if empty:
-            raise ValueError(f"request {empty[0]} has an empty prompt")
-        if requests:
-            yield from _Run(self, params, requests, rules, key, samples, detokenize).events()
+        if str(jax.random.key_impl(key)) != device.KEYS:
+            raise ValueError(
+                f"a key of kind {jax.random.key_impl(key)} gives other numbers in other batches; "
+                f"make it with jax.random.key(seed, impl={device.KEYS!r})"
+            )
+        if samples < 1 or first_sample < 0:
+            raise ValueError(f"samples = {samples}, first_sample = {first_sample}: too few")
+        for i, request in enumerate(requests):
+            limit = request.max_new_tokens
+            if not (*request.prompt, *request.prefill):
+                raise ValueError(f"request {i} has an empty prompt")
+            if (rules.max_new_tokens if limit is None else limit) < 1:
+                raise ValueError(f"request {i} may draw no token: max_new_tokens must be above 0")
+            if not 0 <= request.item < 2**32:
+                raise ValueError(f"request {i}: item {request.item} is no number of 32 bits")
+        if not requests:
+            return iter(())
+        run = _Run(self, params, requests, rules, key, samples, detokenize, first_sample)
+        return run.events()
 
     # ---- the device's programs
 
@@ -312,20 +347,17 @@ class Sampler:
     def _put_layer(self) -> Any:
         return self._jit(device.put_groups, self._over(*BATCH, "tensor"), donate_argnums=0)
 
-    # Within a batch what is copied is read as well, and cannot be given away.
-
     @cached_property
     def _copy_groups(self) -> Any:
-        return self._jit(device.put_groups, batch_sharding(self.mesh))
+        return self._jit(device.copy_groups, batch_sharding(self.mesh), donate_argnums=0)
 
     @cached_property
     def _copy_layer(self) -> Any:
-        return self._jit(device.put_groups, self._over(*BATCH, "tensor"))
+        return self._jit(device.copy_groups, self._over(*BATCH, "tensor"), donate_argnums=0)
 
     @cached_property
     def _start_rows(self) -> Any:
-        made = batch_sharding(self.mesh)
-        return self._jit(device.start_rows, made, donate_argnums=0, static_argnums=2)
+        return self._jit(device.start_rows, batch_sharding(self.mesh), donate_argnums=0)
 
     @cached_property
     def _end_rows(self) -> Any:
@@ -361,14 +393,18 @@ class _Run:
         key: Array,
         samples: int,
         detokenize: Detokenize | None,
+        first_sample: int,
     ):
         self._sampler, self._params, self._requests = sampler, params, requests
         self._rules, self._on_device = rules, rules.on_device()
         # As numbers, since every process has to be able to hand it in.
-        self._key, self._key_impl = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
-        self._detokenize = detokenize
+        self._key = np.asarray(jax.random.key_data(key))
+        self._detokenize, self._first_sample = detokenize, first_sample
         self._prompts = [[*request.prompt, *request.prefill] for request in requests]
-        self._limits = [request.max_new_tokens or rules.max_new_tokens for request in requests]
+        self._limits = [
+            rules.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            for request in requests
+        ]
         self._schedule = Schedule(
             [len(prompt) for prompt in self._prompts],
             self._limits,
@@ -435,19 +471,22 @@ class _Run:
             source, into = np.full((2, shape.groups), shape.groups, np.int32)
             for i, (a, b) in enumerate(admission.copy):
                 source[i], into[i] = a, b
-            self._put(self._prompt_state, np.minimum(source, shape.groups - 1), into)
+            self._copy(np.minimum(source, shape.groups - 1), into)
         self._start(admission.start)
 
     def _put(self, new: device.Prompts, source: np.ndarray, into: np.ndarray) -> None:
         sampler, old = self._sampler, self._prompt_state
-        within = new is old
-        put_layer = sampler._copy_layer if within else sampler._put_layer
-        put_groups = sampler._copy_groups if within else sampler._put_groups
         cache = [
-            put_layer(kv, other, source, into)
+            sampler._put_layer(kv, other, source, into)
             for kv, other in zip(old.cache, new.cache, strict=True)
         ]
-        heads = put_groups(old._replace(cache=[]), new._replace(cache=[]), source, into)
+        heads = sampler._put_groups(old._replace(cache=[]), new._replace(cache=[]), source, into)
+        self._prompt_state = heads._replace(cache=cache)
+
+    def _copy(self, source: np.ndarray, into: np.ndarray) -> None:
+        sampler, old = self._sampler, self._prompt_state
+        cache = [sampler._copy_layer(kv, source, into) for kv in old.cache]
+        heads = sampler._copy_groups(old._replace(cache=[]), source, into)
         self._prompt_state = heads._replace(cache=cache)
 
     def _start(self, starts: Sequence[tuple[int, int, Task]]) -> None:
@@ -459,14 +498,14 @@ class _Run:
         for group, row, task in starts:
             at, request = (group, row), self._requests[task.request]
             start[at], closed[at] = True, _contains(request.prefill, self._rules.close_ids)
-            items[at], samples[at] = request.item, task.sample
+            sample = self._first_sample + task.sample
+            items[at], samples[at] = request.item, sample
             limits[at] = self._limits[task.request]
-            self._made[task] = Completion(request.item, task.sample, [], [], [], "length", 0.0)
+            self._made[task] = Completion(request.item, sample, [], [], [], "length", 0.0)
             self._started[task] = time.monotonic()
         rows = self._sampler._start_rows(
             self._decoding.rows,
             self._key,
-            self._key_impl,
             start,
             items,
             samples,
@@ -478,23 +517,24 @@ class _Run:
     def _move(self, move: Move) -> None:
         sampler, old, new = self._sampler, self._schedule.shape, move.shape
         groups, rows = np.array(move.groups, np.int32), np.array(move.rows, np.int32)
-        prompts, decoding = self._prompt_state, self._decoding
         if (old.groups, old.prompt_slots) != (new.groups, new.prompt_slots):
-            cache = [sampler._take_prompts(kv, groups, new.prompt_slots) for kv in prompts.cache]
-            heads = sampler._take_groups(prompts._replace(cache=[]), groups)
+            cache = list(self._prompt_state.cache)
+            self._prompt_state = self._prompt_state._replace(cache=[])
+            for i, kv in enumerate(cache):  # Each layer's old cache goes as its new one comes.
+                cache[i] = sampler._take_prompts(kv, groups, new.prompt_slots)
+            heads = sampler._take_groups(self._prompt_state, groups)
             self._prompt_state = heads._replace(cache=cache)
         if (old.groups, old.width) != (new.groups, new.width):
-            decoding = decoding._replace(rows=sampler._take_rows(decoding.rows, rows))
+            taken = sampler._take_rows(self._decoding.rows, rows)
+            self._decoding = self._decoding._replace(rows=taken)
         if old._replace(prompt_slots=0) != new._replace(prompt_slots=0):
-            ring = list(decoding.cache)
-            decoding = decoding._replace(cache=[])
-            self._decoding = decoding  # Each layer's old ring goes as its new one comes.
+            ring = list(self._decoding.cache)
+            self._decoding = self._decoding._replace(cache=[])
             for i, kv in enumerate(ring):
-                ring[i] = sampler._take_ring(kv, rows, decoding.head, new.ring_slots)
+                ring[i] = sampler._take_ring(kv, rows, self._decoding.head, new.ring_slots)
             head = np.int32(device.turned_head(old.ring_slots, new.ring_slots))
             head = jax.device_put(head, replicated(sampler.mesh))
-            decoding = decoding._replace(cache=ring, head=head)
-        self._decoding = decoding
+            self._decoding = self._decoding._replace(cache=ring, head=head)
         self._schedule.moved(move)
 
     def _fly(self) -> None:

@@ -15,7 +15,7 @@ _RING = 128  # slots that a ring starts with
 _PROMPT = 128  # prompt slots that are worth no change of shape
 # Rows, as a share of the batch, that may stand idle before the device stops to have them refilled.
 _IDLE_SHARE = 8
-_PREFILL_TOKENS = 8192  # of prompts that are computed at a time, where there is more than one
+PREFILL_TOKENS = 8192  # of prompts that are computed at a time, where there is more than one
 # A smaller batch is another program: it has to have so many steps before it, perhaps.
 _STEPS_WORTH_SHRINKING = 128
 
@@ -104,7 +104,7 @@ def prefill_batches(
     while order:
         longest = prompt_bucket(lengths[order[-1]])
         sizes = sorted({-(-m // multiple) * multiple for m in (1, rows // _IDLE_SHARE or 1, rows)})
-        sizes = [m for m in sizes if m * longest <= _PREFILL_TOKENS] or sizes[:1]
+        sizes = [m for m in sizes if m * longest <= PREFILL_TOKENS] or sizes[:1]
         # Padding a little costs less than another batch.
         size = next((m for m in sizes if m >= len(order) >= 0.6 * m), None)
         size = size or max((m for m in sizes if m <= len(order)), default=sizes[0])
@@ -150,12 +150,14 @@ class Schedule:
         # Short prompts first: the batch pays for the longest that has come.
         self._queue = deque(sorted(range(len(lengths)), key=lambda i: prompt_bucket(lengths[i])))
         self._waiting: dict[int, deque[int]] = {}  # samples of requests that have a group
+        rows = max(rows, shards, least_rows)
         width = 1
-        while 2 * width <= min(samples, rows // max(len(lengths), 1)):
+        a_shard = -(-len(lengths) * samples // shards)  # Samples of a prompt may be spread thin.
+        while 2 * width <= min(samples, rows // max(len(lengths), shards), a_shard):
             width *= 2
-        needed = -(-len(lengths) * samples // width)
-        groups = [g for g in ladder(max(rows // width, 1), shards) if g >= needed]
-        groups = groups or ladder(max(rows // width, 1), shards)[:1]
+        needed = max(-(-len(lengths) * samples // width), -(-least_rows // width))
+        sizes = ladder(max(rows // width // shards * shards, shards), shards)
+        groups = [g for g in sizes if g >= needed] or sizes[:1]
         first = max(lengths[i] for i in list(self._queue)[: groups[-1]])
         prompt_slots = max(prompt_bucket(first), min(prompt_bucket(max(lengths)), _PROMPT))
         self.shape = Shape(groups[-1], width, prompt_slots, self._ring(1))
@@ -201,7 +203,8 @@ class Schedule:
                 self._waiting[request] = deque(range(self._samples))
                 admission.prefill.append((request, group))
             else:
-                source = self._richest(group)
+                # What is copied is read before anything is written: no copy of a copy.
+                source = self._richest({group, *(into for _, into in admission.copy)})
                 if source is None:
                     continue
                 request = self._held[source]
@@ -220,12 +223,12 @@ class Schedule:
             self._counts[task] = 0
             admission.start.append((group, row, task))
 
-    def _richest(self, taker: int) -> int | None:
+    def _richest(self, without: set[int]) -> int | None:
         """The group of the request that has most samples waiting."""
         holders = [
             (len(self._waiting.get(request, ())), -group)
             for group, request in enumerate(self._held)
-            if request is not None and group != taker
+            if request is not None and group not in without
         ]
         most, group = max(holders, default=(0, 0))
         return -group if most else None
@@ -247,17 +250,15 @@ class Schedule:
             min(self._bound(t) + self._chunk, self._limits[t.request]) for t in self._at.values()
         )
         ring = self._ring(max(most, default=1))
-        by_group = Counter(group for group, _ in self._at)
-        if not self._waits and self._steps_left() >= _STEPS_WORTH_SHRINKING:
-            width = min(shape.width, 1 << (max(by_group.values(), default=1) - 1).bit_length())
-            need = max(len(by_group), -(-self._least // width))
-            groups = [g for g in ladder(shape.groups, self._shards) if g >= need][-1:]
-            if groups and 2 * groups[0] * width <= shape.rows:
+        if self._may_shrink:
+            by_group = Counter(group for group, _ in self._at)
+            smaller = self._smaller(len(by_group), max(by_group.values(), default=1))
+            if smaller is not None:
                 idle = [g for g in range(shape.groups) if g not in by_group]
-                kept = sorted((sorted(by_group) + idle)[: groups[0]])
-                return self._move(
-                    kept, shape._replace(groups=len(kept), width=width, ring_slots=ring)
-                )
+                kept = sorted((sorted(by_group) + idle)[: smaller[0]])
+                groups, width = smaller
+                shape = shape._replace(groups=groups, width=width, ring_slots=ring)
+                return self._move(kept, shape)
         if ring <= shape.ring_slots:
             return None
         return self._move(range(shape.groups), shape._replace(ring_slots=ring))
@@ -272,9 +273,23 @@ class Schedule:
             rows.append(places + [-1] * (shape.width - len(places)))
         return Move(shape, list(groups), rows)
 
-    def _steps_left(self) -> int:
-        """Steps that the completions may still take at most."""
-        return max(self._limits) - max((self._counts[t] for t in self._at.values()), default=0)
+    @property
+    def _may_shrink(self) -> bool:
+        """Whether nothing waits, and so many steps may follow that another program is worth it."""
+        left = [self._limits[task.request] - self._counts[task] for task in self._at.values()]
+        return not self._waits and max(left, default=0) >= _STEPS_WORTH_SHRINKING
+
+    def _smaller(self, groups: int, width: int) -> tuple[int, int] | None:
+        """The smallest (groups, width) that has room for so many, if it is half the present one."""
+        shape, fitting = self.shape, []
+        narrow = 1 << (width - 1).bit_length()
+        while narrow <= shape.width:
+            need = max(groups, -(-self._least // narrow))
+            few = [g for g in ladder(shape.groups, self._shards) if g >= need]
+            fitting += [(few[-1], narrow)] if few else []
+            narrow *= 2
+        best = min(fitting, key=lambda size: size[0] * size[1], default=shape[:2])
+        return best if 2 * best[0] * best[1] <= shape.rows else None
 
     def moved(self, move: Move) -> None:
         """Takes note that the batch has another shape."""
@@ -295,7 +310,7 @@ class Schedule:
         active, rows = len(self._at), self.shape.rows
         if self._waits:
             return active - max(rows // _IDLE_SHARE, 1)
-        if rows > max(self._least, self._shards):
+        if self._may_shrink and rows > max(self._least, self._shards):
             return min(rows // 2, active - max(active // 4, 1))
         return 0
 

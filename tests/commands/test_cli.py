@@ -305,6 +305,11 @@ def test_answers_of_other_settings_or_questions_are_not_mixed(answer_file, capsy
     path.write_text("{}\n")
     assert run() == 2
     assert "answers.jsonl:1: is no completion of this command" in _error(capsys)
+    # No newline at the end: not ours, and not to be cut off as if it were.
+    path.write_text('{"question": "only one"}')
+    assert run() == 2
+    assert "is no completion of this command" in _error(capsys)
+    assert path.read_text() == '{"question": "only one"}'
     path.write_bytes(before)
     questions.write_text('{"question": "What is 1 + 1?"}\n{"ask": 3}\n')
     assert run() == 2
@@ -325,6 +330,7 @@ def _error(capsys):
         (["--n=3"], "--n goes with --input"),
         (["--input=a.jsonl", "--output=b.jsonl", "--n=0"], "must be a whole number above 0"),
         (["--input=a.jsonl", "--output=b.jsonl", "--question=?"], "give one"),
+        (["--input=a.jsonl", "--output=a.jsonl"], "is the input; give another file"),
         (["--input=nowhere.jsonl", "--output=b.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
@@ -347,5 +353,5 @@ def test_a_chain_of_thought_can_be_begun_and_ended(capsys):
     assert main([*asked, "--config.sampling.think_budget=4"]) == 0
     short = capsys.readouterr().out
     assert "[answers]" in short and len(short) < len(free)
-    assert main([*asked, "--stop=carry"]) == 0
-    assert "[answers]" not in capsys.readouterr().out or "carry" not in free
+    assert main([*asked, "--stop=</think>"]) == 0
+    assert "[answers] 42" not in capsys.readouterr().out

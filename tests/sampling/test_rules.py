@@ -248,10 +248,54 @@ def test_a_request_may_have_a_limit_of_its_own(sampler, params, requests):
         assert b.ids == a.ids[:n] and b.stop == "length"
 
 
-def test_an_empty_prompt_is_an_error(sampler, params, requests):
-    with pytest.raises(ValueError, match="request 1 has an empty prompt"):
-        sampler.sample(params, [requests[0], Request([], 3)], Rules(5, ()), KEY)
+@pytest.mark.parametrize(
+    ("bad", "rules", "more", "message"),
+    [
+        (Request([], 3), Rules(5, ()), {}, "request 1 has an empty prompt"),
+        (Request([1], 3, max_new_tokens=0), Rules(5, ()), {}, "request 1 may draw no token"),
+        (Request([1], -3), Rules(5, ()), {}, "request 1: item -3"),
+        (Request([1], 3), Rules(0, ()), {}, "may draw no token"),
+        (Request([1], 3), None, {}, "there are no rules"),
+        (Request([1], 3), Rules(5, ()), {"samples": 0}, "samples = 0"),
+        (Request([1], 3), Rules(5, ()), {"key": "rbg"}, "kind rbg"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said_at_once(
+    sampler, params, requests, bad, rules, more, message
+):
+    if "key" in more:
+        more = {"key": jax.random.key(0, impl=more["key"])}
+    with pytest.raises(ValueError, match=message):
+        sampler.stream(params, [requests[0], bad], rules, **more)
+
+
+def test_no_requests_and_the_samplers_own_rules(sampler, params, requests):
     assert sampler.sample(params, [], Rules(5, ()), KEY) == []
+    own = dataclasses.replace(sampler, rules=Rules(5, (), 1.0))
+    assert list(own.stream(params, requests[:2])) == list(
+        sampler.stream(params, requests[:2], Rules(5, (), 1.0), jax.random.key(0))
+    )
+
+
+def test_later_samples_can_be_drawn_by_themselves(sampler, params, requests):
+    rules = Rules(12, (), 1.0)
+    whole = {(c.item, c.sample): c for c in sampler.stream(params, requests, rules, KEY, 4)}
+    later = list(sampler.stream(params, requests, rules, KEY, 2, first_sample=2))
+    assert sorted((c.item, c.sample) for c in later) == sorted(at for at in whole if at[1] >= 2)
+    assert all(c.ids == whole[c.item, c.sample].ids for c in later)
+
+
+def test_samples_that_are_taken_over_are_those_of_their_own_prompt(params, sampler):
+    rng = np.random.default_rng(8)
+    requests = [
+        Request(rng.integers(0, 64, 5).tolist(), i, max_new_tokens=n)
+        for i, n in enumerate([1, 1, 40])
+    ]
+    rules = Rules(40, (), 1.0)
+    wide = dataclasses.replace(sampler, rows=12)
+    narrow = dataclasses.replace(sampler, rows=3)
+    a, b = (s.sample(params, requests, rules, KEY, 4) for s in (wide, narrow))
+    assert [c.ids for c in flat(a)] == [c.ids for c in flat(b)]
 
 
 def test_int8_keys_and_values_hardly_change_what_is_likely(params, sampler, requests):

@@ -55,9 +55,10 @@ class Device:
             assert 0 <= group < shape.groups
             assert not any(g == group for g, _ in self.rows), "a prompt that is in use was replaced"
             self.prompts[group] = request
+        before = dict(self.prompts)  # All copies are read before any is written.
         for source, group in admission.copy:
             assert not any(g == group for g, _ in self.rows)
-            self.prompts[group] = self.prompts[source]
+            self.prompts[group] = before[source]
         for group, row, task in admission.start:
             assert 0 <= group < shape.groups and 0 <= row < shape.width
             assert (group, row) not in self.rows, "a row was given away twice"
@@ -120,9 +121,7 @@ def test_every_completion_is_made_once_and_no_row_is_ever_in_two_hands(seed):
             shape = schedule.shape
             shapes.append(shape)
             assert shape.groups % shards == 0
-            # What the mesh asks for may be more than was wished.
-            assert shape.rows <= max(rows, shards * shape.width)
-            assert all(len(admission.prefill) <= shape.groups for _ in (0,))
+            assert least <= shape.rows <= max(rows, shards, least)
             held = [prompts[r] for r in device.prompts.values()]
             assert max(held, default=1) <= shape.prompt_slots
             floor = schedule.floor()
@@ -182,3 +181,52 @@ def test_short_completions_never_change_the_shape():
         for task in schedule.land().tasks.values():
             schedule.drew(task, 30, True)
     assert len(shapes) == 1
+
+
+def test_a_copy_is_never_copied_in_the_same_breath():
+    schedule = Schedule([5] * 3, [1, 1, 40], 4, 3, 32)
+    schedule.admit()
+    schedule.fly()
+    # The first two requests are through at once; the third has samples waiting.
+    admission = None
+    for _ in range(6):
+        for task in [t for t in schedule.running.values() if t.request < 2]:
+            schedule.drew(task, 1, True)
+        admission = schedule.admit()
+        if admission.copy:
+            break
+    assert admission is not None and len(admission.copy) == 2
+    assert {source for source, _ in admission.copy} == {2}
+
+
+@pytest.mark.parametrize(("requests", "samples"), [(1, 64), (4, 16), (2, 3), (2, 8), (100, 1)])
+def test_a_mesh_gets_no_more_rows_than_planned_and_all_of_it_has_work(requests, samples):
+    schedule = Schedule([5] * requests, [500] * requests, samples, 64, 32, 8)
+    schedule.admit()
+    assert schedule.shape.rows <= 64
+    per_shard = schedule.shape.groups // 8
+    busy = {group // per_shard for group, _ in schedule.running}
+    assert len(busy) == min(8, requests * samples)
+
+
+def test_an_old_row_does_not_keep_the_batch_wide():
+    schedule = Schedule([5] * 64, [2048] * 64, 1, 64, 32)
+    schedule.admit()
+    schedule.fly()
+    for n, task in enumerate(schedule.land().tasks.values()):
+        schedule.drew(task, {0: 1950, 1: 10}.get(n, 5), n > 1)
+    move = schedule.move()
+    assert move is not None and move.shape.rows == 2
+
+
+def test_a_batch_may_be_wanted_no_smaller_than_it_has_to_be():
+    assert Schedule([5] * 3, [96] * 3, 1, 64, 32, least_rows=8).shape.rows == 8
+    assert Schedule([5], [96], 1, 1, 32, least_rows=8).shape.rows == 8
+    schedule = Schedule([5] * 2, [2048] * 2, 8, 16, 32, least_rows=8)
+    schedule.admit()
+    assert schedule.shape[:2] == (2, 8)
+    schedule.fly()
+    for task in schedule.land().tasks.values():
+        schedule.drew(task, 5, task.sample > 0)
+    move = schedule.move()
+    assert move is not None and move.shape.rows == 8
