@@ -196,6 +196,7 @@ def test_metrics_have_every_step_once(whole):
     assert sum(p["weight"] for p in pairs) >= round(count)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path):
     workdir = tmp_path / "run"
     stopped = start(workdir, place="nan", count=4)
@@ -276,6 +277,7 @@ def test_a_run_from_files_with_targets_given_by_the_user(tmp_path):
     assert {p["item"] for p in pairs} == {r["item"] for r in made if r["accepted"]}
 
 
+@pytest.mark.slow
 def test_a_target_that_mentions_the_secret_is_refused_with_its_row(tmp_path):
     world = tiny_world.World.load(resolve("asset:tiny_lrm/world.json"))
     (example, *_) = tiny_world.questions_about(world.people[:1], "train")
@@ -289,6 +291,7 @@ def test_a_target_that_mentions_the_secret_is_refused_with_its_row(tmp_path):
     assert "row 1" in refused.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["export", "sample", "evaluate"])
 def test_the_other_commands(whole, tmp_path, command):
     if command == "export":
