@@ -7,12 +7,11 @@ any mean, as it is in the authors' code.
 import jax
 import jax.numpy as jnp
 
-Metrics = dict[str, jax.Array]
+from cipo_jax.losses._shared import Metrics, wide
 
 
 def _mean_square(difference: jax.Array, mask: jax.Array) -> jax.Array:
-    wide = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
-    squares = jnp.square(jnp.where(mask[..., None], wide, 0.0))
+    squares = jnp.square(jnp.where(mask[..., None], wide(difference), 0.0))
     count = jnp.maximum(jnp.sum(mask), 1).astype(squares.dtype)
     return jnp.sum(squares) / (count * difference.shape[-1])
 

@@ -17,12 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-Metrics = dict[str, jax.Array]
-
-
-def _token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    total = jnp.sum(jnp.where(mask, values, 0.0))
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)
+from cipo_jax.losses._shared import Metrics, token_mean, wide
 
 
 def _is(targets: jax.Array, logits: jax.Array) -> jax.Array:
@@ -31,22 +26,17 @@ def _is(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return vocabulary == targets[..., None]
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    """At least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _counted(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Zeros where a token does not count, before anything is computed from it.
 
     A NaN there would otherwise come back in the gradient, as 0 times NaN.
     """
-    return jnp.where(mask[..., None], _wide(x), 0.0)
+    return jnp.where(mask[..., None], wide(x), 0.0)
 
 
 def _cross_entropy(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
     """``-sum_v softmax(target)_v log softmax(logits)_v``; the target gets no gradient."""
-    target_logits, logits = _wide(target_logits), _wide(logits)
+    target_logits, logits = wide(target_logits), wide(logits)
     target = jax.nn.softmax(jax.lax.stop_gradient(target_logits), axis=-1)
     # Where the target has no mass, log-probabilities of minus infinity do not matter.
     return -jnp.sum(jnp.where(target > 0, target * jax.nn.log_softmax(logits, axis=-1), 0.0), -1)
@@ -54,8 +44,8 @@ def _cross_entropy(target_logits: jax.Array, logits: jax.Array) -> jax.Array:
 
 def kl_per_token(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """``KL(p_ref || p)`` of each position: [..., V], [..., V] -> [...], in nats."""
-    ref = jax.nn.log_softmax(_wide(jax.lax.stop_gradient(ref_logits)), axis=-1)
-    difference = ref - jax.nn.log_softmax(_wide(logits), axis=-1)
+    ref = jax.nn.log_softmax(wide(jax.lax.stop_gradient(ref_logits)), axis=-1)
+    difference = ref - jax.nn.log_softmax(wide(logits), axis=-1)
     return jnp.sum(jnp.where(ref > -jnp.inf, jnp.exp(ref) * difference, 0.0), axis=-1)
 
 
@@ -88,7 +78,7 @@ def undial_per_token(
 
 def flatness_per_token(logits: jax.Array) -> jax.Array:
     """``(max_v z_v - mean_v z_v)^2`` of each position: PDU's forget loss (arXiv 2506.05314)."""
-    logits = _wide(logits)
+    logits = wide(logits)
     return jnp.square(jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1))
 
 
@@ -103,7 +93,7 @@ def kl(logits: jax.Array, ref_logits: jax.Array, mask: jax.Array) -> tuple[jax.A
     Returns:
       The loss in nats a token, and {"kl"}.
     """
-    loss = _token_mean(kl_per_token(_counted(logits, mask), _counted(ref_logits, mask)), mask)
+    loss = token_mean(kl_per_token(_counted(logits, mask), _counted(ref_logits, mask)), mask)
     return loss, {"kl": loss}
 
 
@@ -122,7 +112,7 @@ def kd(
       The loss, and {"kd"}.
     """
     logits, teacher_logits = _counted(logits, mask), _counted(teacher_logits, mask)
-    loss = _token_mean(kd_per_token(logits, teacher_logits, temperature), mask)
+    loss = token_mean(kd_per_token(logits, teacher_logits, temperature), mask)
     return loss, {"kd": loss}
 
 
@@ -137,7 +127,7 @@ def ceu(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Arr
     Returns:
       The loss, and {"forget/ceu"}.
     """
-    loss = _token_mean(ceu_per_token(_counted(logits, mask), targets), mask)
+    loss = token_mean(ceu_per_token(_counted(logits, mask), targets), mask)
     return loss, {"forget/ceu": loss}
 
 
@@ -162,7 +152,7 @@ def undial(
       The loss, and {"forget/undial"}.
     """
     logits, ref_logits = _counted(logits, mask), _counted(ref_logits, mask)
-    loss = _token_mean(undial_per_token(logits, ref_logits, targets, beta), mask)
+    loss = token_mean(undial_per_token(logits, ref_logits, targets, beta), mask)
     return loss, {"forget/undial": loss}
 
 
@@ -176,7 +166,7 @@ def flatness(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
     Returns:
       The loss, and {"forget/flatness"}.
     """
-    loss = _token_mean(flatness_per_token(_counted(logits, mask)), mask)
+    loss = token_mean(flatness_per_token(_counted(logits, mask)), mask)
     return loss, {"forget/flatness": loss}
 
 
@@ -210,14 +200,14 @@ def over_chunks(
         x = jnp.pad(x, ((0, chunks * chunk - tokens), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(chunks, chunk, *x.shape[1:])
 
-    wide = jnp.promote_types(states_and_heads[0][0].dtype, jnp.float32)
-    heads = [head.astype(wide) for _, head in states_and_heads]
+    at_least_f32 = jnp.promote_types(states_and_heads[0][0].dtype, jnp.float32)
+    heads = [head.astype(at_least_f32) for _, head in states_and_heads]
 
     @jax.checkpoint
     def body(_: None, part: tuple[list[jax.Array], list[jax.Array]]) -> tuple[None, jax.Array]:
         states, others = part
         logits = [
-            jnp.dot(h, head.astype(h.dtype), preferred_element_type=wide)
+            jnp.dot(h, head.astype(h.dtype), preferred_element_type=at_least_f32)
             for h, head in zip(states, heads, strict=True)
         ]
         return None, function(*logits, *others)

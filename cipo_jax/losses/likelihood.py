@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Metrics = dict[str, jax.Array]
+from cipo_jax.losses._shared import Metrics
 
 
 def sequence_logps(token_logps: jax.Array, mask: jax.Array) -> jax.Array:

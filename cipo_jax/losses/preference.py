@@ -7,7 +7,7 @@ tokens, in nats, all of shape [B].
 import jax
 import jax.numpy as jnp
 
-Metrics = dict[str, jax.Array]
+from cipo_jax.losses._shared import Metrics
 
 
 def _metrics(
@@ -30,6 +30,26 @@ def _metrics(
 def _mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Mean over B of the weighted losses: a pair of weight 0 counts as one that has no loss."""
     return jnp.mean(losses if weights is None else weights * losses)
+
+
+def _against_reference(
+    chosen_logps: jax.Array,
+    rejected_logps: jax.Array,
+    ref_chosen_logps: jax.Array,
+    ref_rejected_logps: jax.Array,
+    beta: float,
+) -> tuple[jax.Array, Metrics]:
+    """DPO's margins ``b d`` [B], and the metrics. The reference gets no gradient."""
+    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
+    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
+    metrics = _metrics(chosen_rewards, rejected_rewards, chosen_logps, rejected_logps)
+    return chosen_rewards - rejected_rewards, metrics
+
+
+def _sigmoid_losses(margins: jax.Array, label_smoothing: float) -> jax.Array:
+    """``-(1-e) log sigmoid(m) - e log sigmoid(-m)`` of margins m [B]."""
+    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+    return losses - label_smoothing * jax.nn.log_sigmoid(-margins)
 
 
 def dpo(
@@ -60,14 +80,10 @@ def dpo(
     Returns:
       The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
     """
-    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
-    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
-    margins = chosen_rewards - rejected_rewards
-    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
-    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
-    return _mean(losses, weights), _metrics(
-        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    margins, metrics = _against_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
+    return _mean(_sigmoid_losses(margins, label_smoothing), weights), metrics
 
 
 def ipo(
@@ -141,9 +157,7 @@ def simpo(
     """
     chosen_rewards = beta * chosen_logps / jnp.maximum(chosen_lengths, 1)
     rejected_rewards = beta * rejected_logps / jnp.maximum(rejected_lengths, 1)
-    margins = chosen_rewards - rejected_rewards - gamma
-    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
-    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+    losses = _sigmoid_losses(chosen_rewards - rejected_rewards - gamma, label_smoothing)
     return _mean(losses, weights), _metrics(
         chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
     )
@@ -160,25 +174,13 @@ def hinge(
 ) -> tuple[jax.Array, Metrics]:
     """Hinge loss on DPO's margin (SLiC, Zhao et al. 2023, arXiv 2305.10425; RSO, arXiv 2309.06657).
 
-    ``max(0, 1 - b d)`` with d as in DPO.
-
-    Args:
-      chosen_logps: [B] log-probability of y_w under the policy.
-      rejected_logps: [B] log-probability of y_l under the policy.
-      ref_chosen_logps: [B] log-probability of y_w under the reference.
-      ref_rejected_logps: [B] log-probability of y_l under the reference.
-      beta: the inverse of the margin in nats, > 0.
-      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
-
-    Returns:
-      The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
+    ``max(0, 1 - b d)`` with d as in DPO; here b is the inverse of the margin in nats. Arguments,
+    [B] each, and what is returned are those of `dpo`.
     """
-    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
-    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
-    losses = jax.nn.relu(1.0 - (chosen_rewards - rejected_rewards))
-    return _mean(losses, weights), _metrics(
-        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
+    margins, metrics = _against_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
     )
+    return _mean(jax.nn.relu(1.0 - margins), weights), metrics
 
 
 def robust_dpo(
@@ -195,28 +197,14 @@ def robust_dpo(
 
     ``[-(1-e) log sigmoid(b d) + e log sigmoid(-b d)] / (1 - 2e)`` with d as in DPO: in expectation
     over labels that are flipped with probability e it is DPO's loss of the true ones. It may be
-    negative.
-
-    Args:
-      chosen_logps: [B] log-probability of y_w under the policy.
-      rejected_logps: [B] log-probability of y_l under the policy.
-      ref_chosen_logps: [B] log-probability of y_w under the reference.
-      ref_rejected_logps: [B] log-probability of y_l under the reference.
-      beta: strength of the pull towards the reference, > 0.
-      label_smoothing: e, the share of pairs taken to be the wrong way round, in [0, 0.5).
-      weights: [B] factors of the pairs' losses in their mean over B; None for ones.
-
-    Returns:
-      The mean loss, and TRL's metrics; rewards are ``beta * (log p - log p_ref)``.
+    negative. Arguments, [B] each, and what is returned are those of `dpo`.
     """
-    chosen_rewards = beta * (chosen_logps - jax.lax.stop_gradient(ref_chosen_logps))
-    rejected_rewards = beta * (rejected_logps - jax.lax.stop_gradient(ref_rejected_logps))
-    margins = chosen_rewards - rejected_rewards
+    margins, metrics = _against_reference(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
     losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
     losses = losses + label_smoothing * jax.nn.log_sigmoid(-margins)
-    return _mean(losses / (1.0 - 2.0 * label_smoothing), weights), _metrics(
-        chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
-    )
+    return _mean(losses / (1.0 - 2.0 * label_smoothing), weights), metrics
 
 
 def cpo(
@@ -245,9 +233,7 @@ def cpo(
     Returns:
       The mean loss, and TRL's metrics; rewards are ``beta * log p``.
     """
-    margins = beta * (chosen_logps - rejected_logps)
-    losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
-    losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+    losses = _sigmoid_losses(beta * (chosen_logps - rejected_logps), label_smoothing)
     losses = losses - alpha * chosen_logps / jnp.maximum(chosen_lengths, 1)
     return _mean(losses, weights), _metrics(
         beta * chosen_logps, beta * rejected_logps, chosen_logps, rejected_logps

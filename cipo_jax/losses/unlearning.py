@@ -9,16 +9,9 @@ that push a likelihood down are increasing in it.
 import jax
 import jax.numpy as jnp
 
+from cipo_jax.losses._shared import Metrics, token_mean
 from cipo_jax.losses.likelihood import nll
 from cipo_jax.losses.preference import dpo
-
-Metrics = dict[str, jax.Array]
-
-
-def _token_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over the tokens that count; 0 where there are none."""
-    total = jnp.sum(jnp.where(mask, values, 0.0))
-    return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)
 
 
 def ga(token_logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -33,7 +26,7 @@ def ga(token_logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
     Returns:
       The loss, and {"forget/nll"}.
     """
-    loss = _token_mean(token_logps, mask)
+    loss = token_mean(token_logps, mask)
     return loss, {"forget/nll": -loss}
 
 
@@ -123,7 +116,7 @@ def wga(token_logps: jax.Array, mask: jax.Array, *, beta: float = 1.0) -> tuple[
     """
     logps = jnp.where(mask, token_logps, 0.0)
     weights = jax.lax.stop_gradient(jnp.exp(beta * logps))
-    return _token_mean(weights * logps, mask), {"forget/nll": -_token_mean(logps, mask)}
+    return token_mean(weights * logps, mask), {"forget/nll": -token_mean(logps, mask)}
 
 
 def satimp(
@@ -146,7 +139,7 @@ def satimp(
     logps = jnp.where(mask, token_logps, 0.0)
     probs = jnp.exp(logps)
     weights = jax.lax.stop_gradient(probs**beta1 * (1.0 - probs) ** beta2)
-    return _token_mean(weights * logps, mask), {"forget/nll": -_token_mean(logps, mask)}
+    return token_mean(weights * logps, mask), {"forget/nll": -token_mean(logps, mask)}
 
 
 def idk_dpo(

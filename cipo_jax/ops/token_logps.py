@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens, without [B, T, V] ever existing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,42 +16,81 @@ def token_logps(
 ) -> Float[Array, "B C"]:
     """Log-probability of each target under softmax(hidden @ head), in float32.
 
-    The tokens are cut into chunks; a checkpointed scan makes the logits of one chunk at a time, in
+    The tokens are cut into chunks of one size; a scan makes the logits of one chunk at a time, in
     the forward pass and again in the backward pass, so that the largest array is [chunk, V]. The
     target's logit is a masked sum rather than a gather, which stays local when V is sharded.
+    Its derivative is written out, for reverse mode alone.
 
     Args:
       hidden: final hidden states (after the last norm), at the positions that predict `targets`.
       head: output matrix.
       targets: token ids.
-      chunk: tokens per chunk.
+      chunk: tokens per chunk at most.
 
     Returns:
       Log-probabilities in nats.
     """
     B, C, D = hidden.shape
     tokens = B * C
-    chunk = min(chunk, tokens)
     chunks = -(-tokens // chunk)
+    chunk = -(-tokens // chunks)
     pad = chunks * chunk - tokens
     flat_hidden = jnp.pad(hidden.reshape(tokens, D), ((0, pad), (0, 0)))
     flat_targets = jnp.pad(targets.reshape(tokens), (0, pad))
-
-    # The head enters the scan in f32, so that its gradient accumulates over the chunks in f32 even
-    # where the products themselves run in a narrower dtype.
-    head_f32 = head.astype(jnp.float32)
-
-    @jax.checkpoint
-    def body(_, xs):
-        h, y = xs
-        with jax.named_scope("token_logps"):
-            logits = jnp.dot(
-                h, head_f32.astype(h.dtype), preferred_element_type=jnp.float32
-            ).astype(jnp.float32)
-            vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-            target = jnp.sum(jnp.where(vocabulary == y[:, None], logits, 0.0), axis=-1)
-            return None, target - jax.nn.logsumexp(logits, axis=-1)
-
-    xs = (flat_hidden.reshape(chunks, chunk, D), flat_targets.reshape(chunks, chunk))
-    _, logps = jax.lax.scan(body, None, xs)
+    # The head enters in f32, so that its gradient accumulates over the chunks in f32 even where
+    # the products themselves run in a narrower dtype.
+    logps = _chunked(
+        flat_hidden.reshape(chunks, chunk, D),
+        head.astype(jnp.float32),
+        flat_targets.reshape(chunks, chunk),
+    )
     return logps.reshape(chunks * chunk)[:tokens].reshape(B, C)
+
+
+def _logits(h: Array, head: Array) -> Array:
+    return jnp.dot(h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+
+
+def _is_target(y: Array, V: int) -> Array:
+    """[n, V]; tied to `y`, lest XLA makes the numbers of all entries once and keeps them."""
+    y, vocabulary = jax.lax.optimization_barrier((y, jnp.arange(V, dtype=y.dtype)))
+    return y[:, None] == vocabulary
+
+
+@jax.custom_vjp
+def _chunked(hidden: Array, head: Array, targets: Array) -> Array:
+    return _forward(hidden, head, targets)[0]
+
+
+def _forward(hidden: Array, head: Array, targets: Array) -> tuple[Array, Any]:
+    def body(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        h, y = part
+        with jax.named_scope("token_logps"):
+            logits = _logits(h, head)
+            target = jnp.sum(jnp.where(_is_target(y, head.shape[1]), logits, 0.0), axis=-1)
+            total = jax.nn.logsumexp(logits, axis=-1)
+            return None, (target - total, total)
+
+    _, (logps, totals) = jax.lax.scan(body, None, (hidden, targets))
+    return logps, (hidden, head, targets, totals)
+
+
+def _backward(kept: Any, cotangents: Array) -> tuple[Array, Array, None]:
+    hidden, head, targets, totals = kept
+
+    def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
+        h, y, total, g = part
+        with jax.named_scope("token_logps"):
+            # Of target - logsumexp: what is the target's, less the softmax.
+            softmax = jnp.exp(_logits(h, head) - total[:, None])
+            d = g[:, None] * (_is_target(y, head.shape[1]).astype(jnp.float32) - softmax)
+            d = d.astype(h.dtype)
+            gradient += jnp.dot(h.T, d, preferred_element_type=jnp.float32)
+            return gradient, jnp.dot(d, head.T.astype(h.dtype))
+
+    parts = (hidden, targets, totals, cotangents)
+    gradient, d_hidden = jax.lax.scan(body, jnp.zeros_like(head), parts)
+    return d_hidden, gradient, None
+
+
+_chunked.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from trees import assert_trees_close
 
 from cipo_jax import losses
 
@@ -331,8 +332,7 @@ def test_in_chunks_values_and_gradients_are_those_of_whole_logits(name, chunk):
 
     found = jax.value_and_grad(cut, argnums=(0, 1))(states[0], heads[0])
     wanted = jax.value_and_grad(whole, argnums=(0, 1))(states[0], heads[0])
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    assert_trees_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", list(PER_TOKEN))
@@ -372,5 +372,4 @@ def test_a_vocabulary_that_is_split_gives_the_same(name):
     step = jax.jit(jax.value_and_grad(loss))
     wanted = step(*jax.tree.map(jnp.asarray, (states, heads)))
     found = step(jax.tree.map(jnp.asarray, states), [jax.device_put(h, split) for h in heads])
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
+    assert_trees_close(found, wanted, rtol=1e-10, atol=1e-13)

@@ -68,6 +68,19 @@ def test_top_p_mask_always_keeps_the_most_likely_token(top_p):
         assert (found.sum(-1) == 1).all()
 
 
+def test_both_ways_to_the_nucleus_are_one():
+    """Rows whose nucleus has few tokens, and rows that have to be bisected, beside each other."""
+    few, many = random_logits("peaked", 4, 5000), random_logits("flat", 4, 5000)
+    mixed = np.stack([few, many], axis=1).reshape(8, 5000)
+    found = np.asarray(top_p_mask(mixed, 0.9))
+    assert (found.sum(-1)[0::2] <= 64).all() and (found.sum(-1)[1::2] > 64).all()
+    alone = np.concatenate([top_p_mask(row[None], 0.9) for row in mixed])
+    np.testing.assert_array_equal(found, alone)
+    probs = jax.nn.softmax(mixed, axis=-1)
+    bisected = np.asarray(probs >= sampling._threshold(probs, 0.9))
+    np.testing.assert_array_equal(found, bisected)
+
+
 def test_greedy_takes_the_most_likely_token_whatever_the_keys():
     logits = random_logits("normal", 20, 37)
     for seed in range(2):
@@ -140,3 +153,37 @@ def test_logps_are_those_of_the_model_itself(temperature):
     wanted = exact[np.arange(16), ids] - np.log(np.exp(exact).sum(-1))
     # Float32, numbers below 20.
     np.testing.assert_allclose(logps, wanted, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000])
+def test_draws_follow_the_distribution_over_blocks_of_the_vocabulary(vocabulary):
+    rows = 20000
+    row = np.random.default_rng(2).normal(size=vocabulary)
+    row[::3] = -np.inf
+    logits = np.broadcast_to(row.astype(np.float32), (rows, vocabulary))
+    ids, total = jax.jit(sampling.categorical)(logits, jax.random.split(jax.random.key(6), rows))
+    probs = np.exp(row) / np.exp(row).sum()
+    assert not (np.asarray(ids) % 3 == 0).any()
+    freedom = (probs > 0).sum() - 1
+    # The mean of chi-square is its freedom, the variance twice that: five deviations.
+    kept = probs > 0
+    counts = np.bincount(np.asarray(ids), minlength=vocabulary)[kept]
+    expected = probs[kept] * rows
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * np.sqrt(2 * freedom) + 5
+    np.testing.assert_allclose(total, np.log(np.exp(row).sum()), rtol=0, atol=1e-5)
+
+
+def test_the_inverse_gives_each_index_its_share():
+    uniform = np.linspace(0, 1, 4097, dtype=np.float32)[:-1]
+    weights = np.broadcast_to(np.ones(256, np.float32), (4096, 256))
+    found = jax.jit(sampling._inverse)(weights, uniform)
+    np.testing.assert_array_equal(np.bincount(np.asarray(found)), 16)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_inverse_never_finds_a_weight_of_zero(uniform):
+    weights = np.random.default_rng(3).random((500, 192)).astype(np.float32)
+    weights[:, :20] = weights[:, -20:] = 0
+    weights *= 10.0 ** np.random.default_rng(4).integers(-30, 1, weights.shape)
+    found = np.asarray(jax.jit(sampling._inverse)(weights, np.full(500, uniform, np.float32)))
+    assert (weights[np.arange(500), found] > 0).all()
