@@ -297,8 +297,9 @@ def prefill(
 def put_groups(
     old: Params, new: Params, source: Int[Array, " P"], into: Int[Array, " P"]
 ) -> Params:
-    """Copies groups new[source] over old[into], of any arrays with leading G; no `into` beyond G
-    counts. Arrays of `new` may be shorter along their other axes.
+    """Copies groups new[source] over old[into], of any arrays with leading G.
+
+    No `into` beyond G counts. Arrays of `new` may be shorter along their other axes.
     """
 
     def one(old: Array, new: Array) -> Array:

@@ -12,15 +12,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from cipo_jax.data.think import ThinkFormat
 from cipo_jax.errors import UserError
-from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
+from cipo_jax.models.decoder import Compute, DecoderConfig
 from cipo_jax.sampling import decode as device
 from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.programs import Batch, Programs
 from cipo_jax.sampling.schedule import Admission, Move, Schedule, Shape, Task, prefill_batches
-from cipo_jax.training.mesh import BATCH, batch_sharding, decoding_shardings, replicated
+from cipo_jax.training.mesh import replicated
 from cipo_jax.typing import Array, Params
 
 Stop = Literal["id", "text", "length"]
@@ -150,7 +151,7 @@ class Sampler:
         leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
         if any(x.sharding.device_set != devices for x in leaves):
             params = jax.device_put(params, replicated(self.mesh))
-        return self._prepare(params)
+        return self._programs.prepare(params)
 
     def sample(
         self,
@@ -269,7 +270,9 @@ class Sampler:
         run = _Run(self, params, requests, rules, key, samples, detokenize, first_sample)
         return run.events()
 
-    # ---- the device's programs
+    @cached_property
+    def _programs(self) -> Programs:
+        return Programs(self.config, self.compute, self.mesh)
 
     @cached_property
     def _used(self) -> dict[str, None]:
@@ -285,104 +288,9 @@ class Sampler:
         cpu = self.mesh.devices.flat[0].platform == "cpu"
         return 8 if cpu and self.compute.dtype == "bfloat16" else 1
 
-    @cached_property
-    def _params_shardings(self) -> Params:
-        layout = jax.eval_shape(
-            lambda p: decoding_layout(self.config, p, self.compute.dtype),
-            abstract_params(self.config),
-        )
-        return decoding_shardings(layout, self.mesh)
-
-    @cached_property
-    def _prepare(self) -> Any:
-        return jax.jit(
-            lambda p: decoding_layout(self.config, p, self.compute.dtype),
-            out_shardings=self._params_shardings,
-        )
-
-    def _over(self, *axes: Any) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
-
-    @cached_property
-    def _prompts_sharding(self) -> device.Prompts:
-        by_group = batch_sharding(self.mesh)
-        return device.Prompts(by_group, by_group, by_group, self._over(*BATCH, "tensor"))  # type: ignore[arg-type]
-
-    @cached_property
-    def _decoding_sharding(self) -> device.Decoding:
-        cache = self._over(*BATCH, "tensor")
-        return device.Decoding(replicated(self.mesh), batch_sharding(self.mesh), cache)  # type: ignore[arg-type]
-
-    @cached_property
-    def _empty(self) -> Any:
-        made = (self._prompts_sharding, self._decoding_sharding)
-        return jax.jit(device.empty, static_argnums=(0, 1, 2, 3, 4), out_shardings=made)
-
-    @cached_property
-    def _prefill(self) -> Any:
-        return jax.jit(
-            device.prefill, static_argnums=(0, 1, 2, 3), out_shardings=self._prompts_sharding
-        )
-
-    @cached_property
-    def _decode(self) -> Any:
-        return jax.jit(
-            device.decode,
-            static_argnums=(0, 1, 2, 3),
-            donate_argnums=6,
-            out_shardings=(self._decoding_sharding, replicated(self.mesh)),
-        )
-
-    # The others are small: those of a cache work on one layer at a time, so that they are compiled
-    # once for all and need no second cache.
-
-    def _jit(self, function: Any, made: Any, **options: Any) -> Any:
-        return jax.jit(function, out_shardings=made, **options)
-
-    @cached_property
-    def _put_groups(self) -> Any:
-        return self._jit(device.put_groups, batch_sharding(self.mesh), donate_argnums=0)
-
-    @cached_property
-    def _put_layer(self) -> Any:
-        return self._jit(device.put_groups, self._over(*BATCH, "tensor"), donate_argnums=0)
-
-    @cached_property
-    def _copy_groups(self) -> Any:
-        return self._jit(device.copy_groups, batch_sharding(self.mesh), donate_argnums=0)
-
-    @cached_property
-    def _copy_layer(self) -> Any:
-        return self._jit(device.copy_groups, self._over(*BATCH, "tensor"), donate_argnums=0)
-
-    @cached_property
-    def _start_rows(self) -> Any:
-        return self._jit(device.start_rows, batch_sharding(self.mesh), donate_argnums=0)
-
-    @cached_property
-    def _end_rows(self) -> Any:
-        return self._jit(device.end_rows, batch_sharding(self.mesh), donate_argnums=0)
-
-    @cached_property
-    def _take_groups(self) -> Any:
-        return self._jit(device.take_groups, batch_sharding(self.mesh))
-
-    @cached_property
-    def _take_prompts(self) -> Any:
-        return self._jit(device.take_prompts, self._over(*BATCH, "tensor"), static_argnums=2)
-
-    @cached_property
-    def _take_rows(self) -> Any:
-        return self._jit(device.take_rows, batch_sharding(self.mesh))
-
-    @cached_property
-    def _take_ring(self) -> Any:
-        made = self._over(*BATCH, "tensor")
-        return self._jit(device.take_ring, made, static_argnums=3)
-
 
 class _Run:
-    """One call of the sampler: its schedule, and what is on the device."""
+    """One call of the sampler: its schedule, and what it makes of the batch on the device."""
 
     def __init__(
         self,
@@ -417,12 +325,8 @@ class _Run:
         self._made: dict[Task, Completion] = {}
         self._started: dict[Task, float] = {}
         self._chunks: list[device.Chunk] = []
-        self._prompt_state, self._decoding = sampler._empty(
-            sampler.config,
-            sampler.compute,
-            self._on_device,
-            sampler.int8_cache,
-            tuple(self._schedule.shape),
+        self._batch = Batch(
+            sampler._programs, self._on_device, sampler.int8_cache, self._schedule.shape
         )
 
     def events(self) -> Iterator[tuple[Task, Completion, bool]]:
@@ -439,12 +343,10 @@ class _Run:
 
     def _give_work(self) -> None:
         admission = self._schedule.admit()
-        if move := self._schedule.widen(admission):
-            self._move(move)
+        self._move(self._schedule.widen(admission))
         if admission.start:
             self._enter(admission)
-        if move := self._schedule.move():
-            self._move(move)
+        self._move(self._schedule.move())
 
     def _enter(self, admission: Admission) -> None:
         sampler, shape = self._sampler, self._schedule.shape
@@ -457,37 +359,13 @@ class _Run:
             for row, i in enumerate(part):
                 into[row], real[row] = admission.prefill[i][1], lengths[i]
                 ids[row, : lengths[i]] = self._prompts[requests[i]]
-            new = sampler._prefill(
-                sampler.config,
-                sampler.compute,
-                self._on_device.for_prompts(),
-                sampler.int8_cache,
-                self._params,
-                ids,
-                real,
-            )
-            self._put(new, np.arange(rows, dtype=np.int32), into)
+            self._batch.prefill(self._params, ids, real, into)
         if admission.copy:
             source, into = np.full((2, shape.groups), shape.groups, np.int32)
             for i, (a, b) in enumerate(admission.copy):
                 source[i], into[i] = a, b
-            self._copy(np.minimum(source, shape.groups - 1), into)
+            self._batch.copy(np.minimum(source, shape.groups - 1), into)
         self._start(admission.start)
-
-    def _put(self, new: device.Prompts, source: np.ndarray, into: np.ndarray) -> None:
-        sampler, old = self._sampler, self._prompt_state
-        cache = [
-            sampler._put_layer(kv, other, source, into)
-            for kv, other in zip(old.cache, new.cache, strict=True)
-        ]
-        heads = sampler._put_groups(old._replace(cache=[]), new._replace(cache=[]), source, into)
-        self._prompt_state = heads._replace(cache=cache)
-
-    def _copy(self, source: np.ndarray, into: np.ndarray) -> None:
-        sampler, old = self._sampler, self._prompt_state
-        cache = [sampler._copy_layer(kv, source, into) for kv in old.cache]
-        heads = sampler._copy_groups(old._replace(cache=[]), source, into)
-        self._prompt_state = heads._replace(cache=cache)
 
     def _start(self, starts: Sequence[tuple[int, int, Task]]) -> None:
         shape = self._schedule.shape
@@ -503,55 +381,18 @@ class _Run:
             limits[at] = self._limits[task.request]
             self._made[task] = Completion(request.item, sample, [], [], [], "length", 0.0)
             self._started[task] = time.monotonic()
-        rows = self._sampler._start_rows(
-            self._decoding.rows,
-            self._key,
-            start,
-            items,
-            samples,
-            limits,
-            closed,
-        )
-        self._decoding = self._decoding._replace(rows=rows)
+        self._batch.start(self._key, start, items, samples, limits, closed)
 
-    def _move(self, move: Move) -> None:
-        sampler, old, new = self._sampler, self._schedule.shape, move.shape
-        groups, rows = np.array(move.groups, np.int32), np.array(move.rows, np.int32)
-        if (old.groups, old.prompt_slots) != (new.groups, new.prompt_slots):
-            cache = list(self._prompt_state.cache)
-            self._prompt_state = self._prompt_state._replace(cache=[])
-            for i, kv in enumerate(cache):  # Each layer's old cache goes as its new one comes.
-                cache[i] = sampler._take_prompts(kv, groups, new.prompt_slots)
-            heads = sampler._take_groups(self._prompt_state, groups)
-            self._prompt_state = heads._replace(cache=cache)
-        if (old.groups, old.width) != (new.groups, new.width):
-            taken = sampler._take_rows(self._decoding.rows, rows)
-            self._decoding = self._decoding._replace(rows=taken)
-        if old._replace(prompt_slots=0) != new._replace(prompt_slots=0):
-            ring = list(self._decoding.cache)
-            self._decoding = self._decoding._replace(cache=[])
-            for i, kv in enumerate(ring):
-                ring[i] = sampler._take_ring(kv, rows, self._decoding.head, new.ring_slots)
-            head = np.int32(device.turned_head(old.ring_slots, new.ring_slots))
-            head = jax.device_put(head, replicated(sampler.mesh))
-            self._decoding = self._decoding._replace(cache=ring, head=head)
-        self._schedule.moved(move)
+    def _move(self, move: Move | None) -> None:
+        if move is not None:
+            self._batch.move(self._schedule.shape, move)
+            self._schedule.moved(move)
 
     def _fly(self) -> None:
         sampler, schedule = self._sampler, self._schedule
         sampler._used[_named(schedule.shape, self._on_device)] = None
-        self._decoding, chunk = sampler._decode(
-            sampler.config,
-            sampler.compute,
-            self._on_device,
-            sampler.chunk,
-            self._params,
-            self._prompt_state,
-            self._decoding,
-            np.int32(schedule.floor()),
-        )
+        self._chunks.append(self._batch.decode(self._params, sampler.chunk, schedule.floor()))
         schedule.fly()
-        self._chunks.append(chunk)
 
     # ---- device to host
 
@@ -598,8 +439,7 @@ class _Run:
         if ended:
             mask = np.zeros(self._schedule.shape[:2], bool)
             mask[tuple(zip(*ended, strict=True))] = True
-            rows = self._sampler._end_rows(self._decoding.rows, mask)
-            self._decoding = self._decoding._replace(rows=rows)
+            self._batch.end(mask)
 
     def _text_end(self, ids: Sequence[int], known: int) -> int | None:
         """Tokens up to the one that completes a stop text, of which `known` are looked at."""

@@ -16,8 +16,8 @@ _PROMPT = 128  # prompt slots that are worth no change of shape
 # Rows, as a share of the batch, that may stand idle before the device stops to have them refilled.
 _IDLE_SHARE = 8
 PREFILL_TOKENS = 8192  # of prompts that are computed at a time, where there is more than one
-# A smaller batch is another program: it has to have so many steps before it, perhaps.
-_STEPS_WORTH_SHRINKING = 128
+# A smaller batch is another program: completions have to be allowed so many tokens to be worth it.
+_WORTH_SHRINKING = 128
 
 
 class Task(NamedTuple):
@@ -118,7 +118,6 @@ class Flight:
     """Decoding steps that were ordered and not looked at yet: who was at which (group, row)."""
 
     tasks: dict[tuple[int, int], Task]
-    running: frozenset[Task]
 
 
 class Schedule:
@@ -246,8 +245,11 @@ class Schedule:
     def move(self) -> Move | None:
         """The shape that the next flight needs, or that is worth changing to; None to stay."""
         shape = self.shape
+        # What each will have drawn at most once the next flight, and those before it, are over.
+        flights = Counter(task for flight in self.flights for task in flight.tasks.values())
         most = (
-            min(self._bound(t) + self._chunk, self._limits[t.request]) for t in self._at.values()
+            min(self._counts[t] + self._chunk * (flights[t] + 1), self._limits[t.request])
+            for t in self._at.values()
         )
         ring = self._ring(max(most, default=1))
         if self._may_shrink:
@@ -275,9 +277,8 @@ class Schedule:
 
     @property
     def _may_shrink(self) -> bool:
-        """Whether nothing waits, and so many steps may follow that another program is worth it."""
-        left = [self._limits[task.request] - self._counts[task] for task in self._at.values()]
-        return not self._waits and max(left, default=0) >= _STEPS_WORTH_SHRINKING
+        """Whether nothing waits, and completions may be long enough for smaller batches to pay."""
+        return not self._waits and max(self._limits) >= _WORTH_SHRINKING
 
     def _smaller(self, groups: int, width: int) -> tuple[int, int] | None:
         """The smallest (groups, width) that has room for so many, if it is half the present one."""
@@ -316,7 +317,7 @@ class Schedule:
 
     def fly(self) -> None:
         """Takes note that decoding steps were ordered."""
-        self.flights.append(Flight(dict(self._at), frozenset(self._at.values())))
+        self.flights.append(Flight(dict(self._at)))
 
     def land(self) -> Flight:
         """The oldest flight, which is being looked at."""
@@ -335,7 +336,3 @@ class Schedule:
 
     def goes_on(self, task: Task) -> bool:
         return task in self._counts
-
-    def _bound(self, task: Task) -> int:
-        """Tokens that a task has drawn at most once all flights are over."""
-        return self._counts[task] + self._chunk * sum(task in f.running for f in self.flights)

@@ -17,7 +17,7 @@ import jax
 
 def main():
     # These make arrays, which they may only once the processes know of each other.
-    from test_invariance import CONFIG, KEY, SAMPLED, made_params, made_requests
+    from small_model import CONFIG, KEY, SAMPLED, made_requests, random_params
 
     from cipo_jax.models.decoder import Compute, abstract_params
     from cipo_jax.sampling.sampler import Sampler
@@ -28,13 +28,14 @@ def main():
     shardings = param_shardings(abstract_params(CONFIG), mesh)
     params = jax.tree.map(
         lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]),
-        jax.tree.map(jax.device_get, made_params()),
+        jax.tree.map(jax.device_get, random_params()),
         shardings,
     )
     sampler = Sampler(CONFIG, Compute(), mesh, 4, 16)
     prepared = sampler.prepare(params)
     made = sampler.stream(prepared, made_requests()[:8], SAMPLED, KEY, 2)
-    print(json.dumps([[c.item, c.sample, c.ids, c.stop] for c in made]), flush=True)
+    told = {"completions": [[c.item, c.sample, c.ids, c.stop] for c in made]}
+    print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

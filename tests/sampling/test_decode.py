@@ -4,19 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import CONFIG, random_params
 
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
-    abstract_params,
     decoding_layout,
     hidden_states,
 )
 from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, STOPPED_BY_ID, Rules, generate
 
-TIED = DecoderConfig(
-    vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
-)
+TIED = CONFIG
 UNTIED = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8,
     tied_head=False, qkv_bias=True, qk_norm="head",
@@ -34,15 +32,7 @@ LOGP_ATOL = 5e-5
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@functools.cache
-def _params(config):
-    rng = np.random.default_rng(0)
-
-    def one(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(config))
+_params = functools.cache(random_params)
 
 
 @functools.cache

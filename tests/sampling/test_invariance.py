@@ -2,48 +2,24 @@
 
 import dataclasses
 import gc
-import json
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import CONFIG, KEY, SAMPLED, made_requests, one_device
+from two_processes import told_by_two
 
-from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
+from cipo_jax.models.decoder import Compute
 from cipo_jax.sampling.decode import Rules
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.training.mesh import make_mesh
 
-CONFIG = DecoderConfig(
-    vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
-)
-KEY = jax.random.key(11)
 LOGP_ATOL = 1e-4
-SAMPLED = Rules(300, (3, 5), 1.0, 0.95)
 GREEDY = Rules(150, (3, 5))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def made_params():
-    rng = np.random.default_rng(0)
-
-    def one(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG))
-
-
-def made_requests(count=19):
-    rng = np.random.default_rng(1)
-    lengths = rng.integers(1, 70, count)
-    return [Request(rng.integers(0, 64, n).tolist(), 100 + 7 * i) for i, n in enumerate(lengths)]
 
 
 def told(completions):
@@ -53,15 +29,6 @@ def told(completions):
         {(c.item, c.sample): (c.ids, c.stop) for c in completions},
         {(c.item, c.sample): c.logps for c in completions},
     )
-
-
-def one_device():
-    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def params():
-    return made_params()
 
 
 @pytest.fixture(scope="module")
@@ -148,26 +115,7 @@ def test_speed_is_told_and_does_not_count_in_comparisons(params):
 
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(wanted):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    script = Path(__file__).with_name("sampling_process.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    for output, _ in outputs:
-        (line,) = [line for line in output.splitlines() if line.startswith("[[")]
-        found = {(item, sample): (ids, stop) for item, sample, ids, stop in json.loads(line)}
+    for told in told_by_two(Path(__file__).with_name("sampling_process.py")):
+        found = {(item, sample): (ids, stop) for item, sample, ids, stop in told["completions"]}
         assert found == {at: wanted[0][0][at] for at in found}
         assert len(found) == 8 * 2

@@ -34,7 +34,7 @@ def test_planned_bytes_are_those_of_the_arrays(sizes, int8):
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
         return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 
-    prompts, decoding = sampler._empty(
+    prompts, decoding = sampler._programs.empty(
         CONFIG, Compute(), Rules(64, ()).on_device(), int8, (8, 1, 48, 64)
     )
     cache = on_first((prompts.cache, decoding.cache))

@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import CONFIG, one_device
 
-from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
+from cipo_jax.models.decoder import Compute, hidden_states
 from cipo_jax.ops.sampling import draw
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, Sampler
-from cipo_jax.training.mesh import make_mesh
 
-CONFIG = DecoderConfig(
-    vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
-)
 KEY = jax.random.key(4)
 # Other programs sum in another order: f32 rounding of logits of order 10.
 LOGP_ATOL = 5e-5
@@ -24,24 +21,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def raw():
-    rng = np.random.default_rng(0)
-
-    def one(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG))
-
-
-@pytest.fixture(scope="module")
 def sampler():
-    return Sampler(CONFIG, Compute(), make_mesh(1, 1, 1, devices=jax.devices()[:1]), 4, chunk=5)
+    return Sampler(CONFIG, Compute(), one_device(), 4, chunk=5)
 
 
 @pytest.fixture(scope="module")
-def params(sampler, raw):
-    return sampler.prepare(raw)
+def prepared(sampler, params):
+    return sampler.prepare(params)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +40,17 @@ def flat(rows):
     return [c for row in rows for c in row]
 
 
-def logits_before(raw, prompt, ids):
+def logits_before(params, prompt, ids):
     """[tokens, V] logits that each of the ids was drawn from, by the training layout."""
     whole = np.zeros((1, 64), np.int32)
     whole[0, : len(prompt) + len(ids)] = [*prompt, *ids]
-    logits = _logits(raw, whole)[0]
+    logits = _logits(params, whole)[0]
     return np.asarray(logits[len(prompt) - 1 : len(prompt) + len(ids) - 1], np.float64)
 
 
 @jax.jit
-def _logits(raw, tokens):
-    return hidden_states(CONFIG, Compute(), raw, tokens) @ raw["embed"].T
+def _logits(params, tokens):
+    return hidden_states(CONFIG, Compute(), params, tokens) @ params["embed"].T
 
 
 def reference(logits, seen, rules):
@@ -95,15 +81,15 @@ def reference(logits, seen, rules):
     ids=lambda c: "-".join(c),
 )
 def test_both_log_probabilities_are_those_of_a_plain_computation(
-    sampler, params, raw, requests, changes
+    sampler, prepared, params, requests, changes
 ):
     rules = Rules(12, (), **({"temperature": 1.0} | changes))
-    plain = flat(sampler.sample(params, requests, Rules(12, (), 1.0), KEY, 2))
-    drawn = flat(sampler.sample(params, requests, rules, KEY, 2))
+    plain = flat(sampler.sample(prepared, requests, Rules(12, (), 1.0), KEY, 2))
+    drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
     assert [c.ids for c in drawn] != [c.ids for c in plain]
     for request in requests:
         for completion in (c for c in drawn if c.item == request.item):
-            logits = logits_before(raw, request.prompt, completion.ids)
+            logits = logits_before(params, request.prompt, completion.ids)
             for t, token in enumerate(completion.ids):
                 seen = np.zeros(64, bool)
                 if rules.repetition_penalty != 1.0:
@@ -152,8 +138,8 @@ _draw = jax.jit(
 )
 
 
-def test_greedy_and_forced_tokens_were_certain(sampler, params, requests):
-    for row in sampler.sample(params, requests, Rules(6, ()), KEY):
+def test_greedy_and_forced_tokens_were_certain(sampler, prepared, requests):
+    for row in sampler.sample(prepared, requests, Rules(6, ()), KEY):
         assert row[0].drawn_logps == [0.0] * 6 and all(p < 0 for p in row[0].logps)
 
 
@@ -161,11 +147,13 @@ CLOSE = (9, 4)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_thinking_budget_closes_what_is_still_open(sampler, params, raw, requests, temperature):
+def test_a_thinking_budget_closes_what_is_still_open(
+    sampler, prepared, params, requests, temperature
+):
     free = Rules(20, (), temperature)
     rules = dataclasses.replace(free, think_budget=6, close_ids=CLOSE)
-    whole = flat(sampler.sample(params, requests, free, KEY, 2))
-    drawn = flat(sampler.sample(params, requests, rules, KEY, 2))
+    whole = flat(sampler.sample(prepared, requests, free, KEY, 2))
+    drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
     for a, b in zip(whole, drawn, strict=True):
         assert len(b.ids) == 20
         natural = any(tuple(b.ids[i : i + 2]) == CLOSE for i in range(5))
@@ -174,23 +162,23 @@ def test_a_thinking_budget_closes_what_is_still_open(sampler, params, raw, reque
         if not natural:
             assert b.drawn_logps[6:8] == [0.0, 0.0]
             request = next(r for r in requests if r.item == b.item)
-            logits = logits_before(raw, request.prompt, b.ids)
+            logits = logits_before(params, request.prompt, b.ids)
             own = logits[6][9] - np.log(np.exp(logits[6]).sum())
             assert abs(b.logps[6] - own) < LOGP_ATOL
     assert any(a.ids != b.ids for a, b in zip(whole, drawn, strict=True))
 
 
-def test_a_block_that_is_closed_in_time_is_left_alone(sampler, params, requests):
+def test_a_block_that_is_closed_in_time_is_left_alone(sampler, prepared, requests):
     free = Rules(20, ())
-    whole = sampler.sample(params, requests, free, KEY)
+    whole = sampler.sample(prepared, requests, free, KEY)
     # Take for the tag what the first row says at tokens 2 and 3.
     close = tuple(whole[0][0].ids[2:4])
     rules = dataclasses.replace(free, think_budget=6, close_ids=close)
-    assert sampler.sample(params, requests[:1], rules, KEY)[0][0].ids == whole[0][0].ids
+    assert sampler.sample(prepared, requests[:1], rules, KEY)[0][0].ids == whole[0][0].ids
     # And where the prompt has closed it already, nothing is forced.
     closed = [r._replace(prefill=close) for r in requests]
-    assert [c[0].ids for c in sampler.sample(params, closed, rules, KEY)] == [
-        c[0].ids for c in sampler.sample(params, closed, free, KEY)
+    assert [c[0].ids for c in sampler.sample(prepared, closed, rules, KEY)] == [
+        c[0].ids for c in sampler.sample(prepared, closed, free, KEY)
     ]
 
 
@@ -199,11 +187,11 @@ def test_a_budget_needs_a_tag():
         Rules(5, (), think_budget=3)
 
 
-def test_a_completion_goes_on_from_its_prefill(sampler, params, requests):
+def test_a_completion_goes_on_from_its_prefill(sampler, prepared, requests):
     rules = Rules(12, ())
-    whole = sampler.sample(params, requests, rules, KEY)
+    whole = sampler.sample(prepared, requests, rules, KEY)
     begun = [r._replace(prefill=c.ids[:5]) for r, (c,) in zip(requests, whole, strict=True)]
-    for (a,), (b,) in zip(whole, sampler.sample(params, begun, rules, KEY), strict=True):
+    for (a,), (b,) in zip(whole, sampler.sample(prepared, begun, rules, KEY), strict=True):
         assert b.ids[:7] == a.ids[5:]
         np.testing.assert_allclose(b.logps[:7], a.logps[5:], rtol=0, atol=LOGP_ATOL)
 
@@ -213,13 +201,15 @@ def detokenize(ids):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 32])
-def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(params, requests, chunk, sampler):
+def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
+    prepared, requests, chunk, sampler
+):
     rules = Rules(24, (), 1.0)
-    whole = flat(sampler.sample(params, requests, rules, KEY, 3))
+    whole = flat(sampler.sample(prepared, requests, rules, KEY, 3))
     texts = (detokenize(whole[2].ids[4:6]), detokenize(whole[7].ids[10:11]), "never")
     other = dataclasses.replace(sampler, chunk=chunk)
     stopped = dataclasses.replace(rules, stop_texts=texts)
-    drawn = flat(other.sample(params, requests, stopped, KEY, 3, detokenize))
+    drawn = flat(other.sample(prepared, requests, stopped, KEY, 3, detokenize))
     kinds = set()
     for a, b in zip(whole, drawn, strict=True):
         ends = [
@@ -234,17 +224,17 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(params, request
     assert kinds == {"text", "length"}
 
 
-def test_stop_texts_need_a_detokenizer(sampler, params, requests):
+def test_stop_texts_need_a_detokenizer(sampler, prepared, requests):
     with pytest.raises(ValueError, match="detokenize"):
-        sampler.sample(params, requests, Rules(5, (), stop_texts=("a",)), KEY)
+        sampler.sample(prepared, requests, Rules(5, (), stop_texts=("a",)), KEY)
 
 
-def test_a_request_may_have_a_limit_of_its_own(sampler, params, requests):
+def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
     rules = Rules(20, (), 1.0)
-    whole = sampler.sample(params, requests, rules, KEY)
+    whole = sampler.sample(prepared, requests, rules, KEY)
     limits = [1, 20, 7, 3, 12, 2]
     cut = [r._replace(max_new_tokens=n) for r, n in zip(requests, limits, strict=True)]
-    for n, (a,), (b,) in zip(limits, whole, sampler.sample(params, cut, rules, KEY), strict=True):
+    for n, (a,), (b,) in zip(limits, whole, sampler.sample(prepared, cut, rules, KEY), strict=True):
         assert b.ids == a.ids[:n] and b.stop == "length"
 
 
@@ -261,31 +251,31 @@ def test_a_request_may_have_a_limit_of_its_own(sampler, params, requests):
     ],
 )
 def test_what_cannot_be_sampled_is_said_at_once(
-    sampler, params, requests, bad, rules, more, message
+    sampler, prepared, requests, bad, rules, more, message
 ):
     if "key" in more:
         more = {"key": jax.random.key(0, impl=more["key"])}
     with pytest.raises(ValueError, match=message):
-        sampler.stream(params, [requests[0], bad], rules, **more)
+        sampler.stream(prepared, [requests[0], bad], rules, **more)
 
 
-def test_no_requests_and_the_samplers_own_rules(sampler, params, requests):
-    assert sampler.sample(params, [], Rules(5, ()), KEY) == []
+def test_no_requests_and_the_samplers_own_rules(sampler, prepared, requests):
+    assert sampler.sample(prepared, [], Rules(5, ()), KEY) == []
     own = dataclasses.replace(sampler, rules=Rules(5, (), 1.0))
-    assert list(own.stream(params, requests[:2])) == list(
-        sampler.stream(params, requests[:2], Rules(5, (), 1.0), jax.random.key(0))
+    assert list(own.stream(prepared, requests[:2])) == list(
+        sampler.stream(prepared, requests[:2], Rules(5, (), 1.0), jax.random.key(0))
     )
 
 
-def test_later_samples_can_be_drawn_by_themselves(sampler, params, requests):
+def test_later_samples_can_be_drawn_by_themselves(sampler, prepared, requests):
     rules = Rules(12, (), 1.0)
-    whole = {(c.item, c.sample): c for c in sampler.stream(params, requests, rules, KEY, 4)}
-    later = list(sampler.stream(params, requests, rules, KEY, 2, first_sample=2))
+    whole = {(c.item, c.sample): c for c in sampler.stream(prepared, requests, rules, KEY, 4)}
+    later = list(sampler.stream(prepared, requests, rules, KEY, 2, first_sample=2))
     assert sorted((c.item, c.sample) for c in later) == sorted(at for at in whole if at[1] >= 2)
     assert all(c.ids == whole[c.item, c.sample].ids for c in later)
 
 
-def test_samples_that_are_taken_over_are_those_of_their_own_prompt(params, sampler):
+def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sampler):
     rng = np.random.default_rng(8)
     requests = [
         Request(rng.integers(0, 64, 5).tolist(), i, max_new_tokens=n)
@@ -294,15 +284,15 @@ def test_samples_that_are_taken_over_are_those_of_their_own_prompt(params, sampl
     rules = Rules(40, (), 1.0)
     wide = dataclasses.replace(sampler, rows=12)
     narrow = dataclasses.replace(sampler, rows=3)
-    a, b = (s.sample(params, requests, rules, KEY, 4) for s in (wide, narrow))
+    a, b = (s.sample(prepared, requests, rules, KEY, 4) for s in (wide, narrow))
     assert [c.ids for c in flat(a)] == [c.ids for c in flat(b)]
 
 
-def test_int8_keys_and_values_hardly_change_what_is_likely(params, sampler, requests):
+def test_int8_keys_and_values_hardly_change_what_is_likely(prepared, sampler, requests):
     small = dataclasses.replace(sampler, int8_cache=True)
     rules = Rules(16, ())
-    full = flat(sampler.sample(params, requests, rules, KEY))
-    int8 = flat(small.sample(params, requests, rules, KEY))
+    full = flat(sampler.sample(prepared, requests, rules, KEY))
+    int8 = flat(small.sample(prepared, requests, rules, KEY))
     same = [
         a == b for x, y in zip(full, int8, strict=True) for a, b in zip(x.ids, y.ids, strict=True)
     ]

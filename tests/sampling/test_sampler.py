@@ -5,15 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import CONFIG, one_device
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
 from cipo_jax.sampling.decode import Rules, decode, empty, generate
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
-CONFIG = DecoderConfig(
-    vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
-)
 RULES = Rules(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
 GREEDY = Rules(8, (3, 5, 8, 13))
 KEY = jax.random.key(4)
@@ -26,17 +24,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def params():
-    rng = np.random.default_rng(0)
-
-    def one(path, x):
-        mean = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(rng.normal(mean, 0.3, x.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG))
-
-
-@pytest.fixture(scope="module")
 def requests():
     rng = np.random.default_rng(1)
     return [
@@ -46,8 +33,7 @@ def requests():
 
 
 def _sampler(rows, mesh=None):
-    mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return Sampler(CONFIG, Compute(), mesh, rows)
+    return Sampler(CONFIG, Compute(), mesh or one_device(), rows)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +120,12 @@ def test_calls_of_one_shape_share_one_program(params, requests):
     # A size that no other test of this file uses. Samplers on one mesh share their programs, so
     # it is the growth that counts.
     sampler = _sampler(3)
-    before = sampler._decode._cache_size()
+    before = sampler._programs.decode._cache_size()
     for seed, part in ((0, requests), (1, requests[:3]), (2, requests[2:6])):
         prepared = sampler.prepare(jax.tree.map(lambda x, s=seed: x + 0.01 * s, params))
         for key in (jax.random.key(seed), jax.random.fold_in(KEY, seed)):
             list(sampler.stream(prepared, part, GREEDY, key))
-        assert sampler._decode._cache_size() == before + 1
+        assert sampler._programs.decode._cache_size() == before + 1
     assert sampler.programs() == ["3 x 1 rows, 16 prompt slots, 16 response slots, greedy"]
 
 
