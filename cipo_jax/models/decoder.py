@@ -6,6 +6,7 @@ scan would copy every layer's slice at each token. `Block` is the one definition
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -111,6 +112,29 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, kernel: Array, axes: int) -> Array:
+    """A tensordot over the last `axes` of x, with the kernel's gradient as one plain product."""
+    return jnp.tensordot(x, kernel, axes)
+
+
+def _product_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, Any]:
+    return jnp.tensordot(x, kernel, axes), (x, kernel)
+
+
+def _product_backward(axes: int, kept: Any, d: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    outputs = kernel.ndim - axes
+    tokens = tuple(range(x.ndim - axes))
+    d_x = jax.lax.dot_general(
+        d, kernel, ((range(d.ndim - outputs, d.ndim), range(axes, kernel.ndim)), ((), ()))
+    )
+    return d_x, jax.lax.dot_general(x, d, ((tokens, tokens), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Projection(nn.Module):
     """x @ kernel (+ bias), plus x @ a @ b where there is an adapter (LoRA, arXiv 2106.09685).
 
@@ -131,7 +155,7 @@ class Projection(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         axes = len(self.inputs)
         kernel = self.param("kernel", self._init, (*self.inputs, *self.outputs), jnp.float32)
-        y = jnp.tensordot(x, kernel.astype(dtype), axes)
+        y: Any = _product(x, kernel.astype(dtype), axes)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
             y = y + bias.astype(dtype)
@@ -236,6 +260,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     compute: Compute
+    normed: bool = True
 
     @nn.compact
     def __call__(
@@ -261,7 +286,7 @@ class Decoder(nn.Module):
         )
         stacked = jax.tree.map(lambda *r: jnp.stack(r), *rotations)
         x, _ = layers(c, self.compute, name="layers")(x, jnp.array(c.kind_ids()), stacked)
-        return RMSNorm(c.norm_eps, dtype, name="final_norm")(x)
+        return RMSNorm(c.norm_eps, dtype, name="final_norm")(x) if self.normed else x
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
@@ -313,6 +338,10 @@ def hidden_states(
       tokens: token ids.
       known: tokens that the sequence had when each token was computed; see `ops.rope.rotation`.
     """
+    return _applied(Decoder(config, compute), params, tokens, known)
+
+
+def _applied(decoder: Decoder, params: Params, tokens: Array, known: Array | None) -> Array:
     variables = {"params": base_of(params)}
     rngs = {}
     if "lora" in params:
@@ -320,7 +349,39 @@ def hidden_states(
     if "dropout_key" in params:
         # The groups of a batch are computed one by one: each is to have a mask of its own.
         rngs["dropout"] = jax.random.fold_in(params["dropout_key"], jnp.sum(tokens))
-    return Decoder(config, compute).apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
+    return decoder.apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
+
+
+def layer_states(
+    config: DecoderConfig,
+    compute: Compute,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    layer: int,
+    known: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """What a layer gives out, before any norm; the layers above it are not computed.
+
+    Args:
+      config: the model's shape.
+      compute: dtype and kernels.
+      params: as in `hidden_states`.
+      tokens: token ids.
+      layer: its index, from 0.
+      known: as in `hidden_states`.
+    """
+    depth = layer + 1
+    kinds = config.layer_kinds if len(config.layer_kinds) == 1 else config.layer_kinds[:depth]
+    lower = dataclasses.replace(config, layers=depth, layer_kinds=kinds)
+
+    def cut(tree: Params) -> Params:
+        return tree | {"layers": jax.tree.map(lambda x: x[:depth], tree["layers"])}
+
+    if "lora" in params:
+        params = params | {"base": cut(params["base"]), "lora": cut(params["lora"])}
+    else:
+        params = cut(params)
+    return _applied(Decoder(lower, compute, normed=False), params, tokens, known)
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:

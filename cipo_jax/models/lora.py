@@ -30,8 +30,8 @@ from cipo_jax.models.safetensors_io import (
 )
 from cipo_jax.typing import Array, Params
 
-_OURS = {theirs.rsplit(".", 1)[-1]: ours for ours, theirs in PROJECTIONS.items()}
-TARGETS = tuple(_OURS)
+OURS = {theirs.rsplit(".", 1)[-1]: ours for ours, theirs in PROJECTIONS.items()}
+TARGETS = tuple(OURS)
 _LAYER = ("layers", "block")
 
 
@@ -95,7 +95,7 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
     block = abstract_params(config)["layers"]["block"]
     tree = {}
     for target in lora.targets:
-        ours = _OURS[target]
+        ours = OURS[target]
         layers, *axes = block[ours]["kernel"].shape
         inputs = _inputs(ours)
         shapes = {
@@ -126,18 +126,16 @@ def init_adapters(config: DecoderConfig, lora: Lora, key: Array) -> Params:
 
 
 def assemble(
-    lora: Lora | None, frozen: Params, trained: Params, dropout_key: Array | None = None
+    lora: Lora, frozen: Params, trained: Params, dropout_key: Array | None = None
 ) -> Params:
-    """What the decoder takes, from what is trained and what is not.
+    """What the decoder takes, from the adapters that are trained and the base that is not.
 
     Args:
-      lora: the adapters; None where all parameters are trained.
-      frozen: the base, in the training layout; {} without adapters.
-      trained: the adapters, or all parameters.
+      lora: the adapters.
+      frozen: the base, in the training layout.
+      trained: the adapters.
       dropout_key: where the adapters' inputs are to be dropped out.
     """
-    if lora is None:
-        return trained
     weighted = jax.tree_util.tree_map_with_path(
         lambda path, x: x * lora.weight if path[-1].key == "b" else x, trained
     )
@@ -155,7 +153,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
 def _keys(config: DecoderConfig, lora: Lora) -> Iterator[Key]:
     """The names that PEFT gives the tensors."""
     for target in lora.targets:
-        ours = _OURS[target]
+        ours = OURS[target]
         name = f"base_model.model.model.layers.{{i}}.{PROJECTIONS[ours]}.lora_"
         yield Key((*_LAYER, ours, "a"), name + "A.weight", _inputs(ours))
         yield Key((*_LAYER, ours, "b"), name + "B.weight", 1)

@@ -3,9 +3,9 @@ import json
 import huggingface_hub
 import huggingface_hub.constants
 import jax
-import numpy as np
 import pytest
 from huggingface_hub.utils import filter_repo_objects
+from trees import assert_trees_equal
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
@@ -135,7 +135,7 @@ def test_a_model_opens_by_its_name(hub, tokenizer):
     save_folder(folder, TINY, params, tokenizer)
     model = ReasoningModel.open("some/model")
     assert model.config == TINY
-    jax.tree.map(np.testing.assert_array_equal, model.load_params(), params)
+    assert_trees_equal(model.load_params(), params)
 
 
 def edit(path, **fields):

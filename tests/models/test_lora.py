@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_trees_close, assert_trees_equal
 
 from cipo_jax.config import LoraConfig
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
@@ -72,10 +73,6 @@ def logits(params, compute=PLAIN, tokens=TOKENS):
     return hidden @ head_matrix(CONFIG, params)
 
 
-def assert_trees_equal(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
 def test_fresh_adapters_change_nothing(base):
     fresh = init_adapters(CONFIG, LORA, jax.random.key(3))
     np.testing.assert_array_equal(logits(assemble(LORA, base, fresh)), logits(base))
@@ -96,12 +93,9 @@ def test_merged_weights_say_what_adapters_say(base, targets):
     assert np.max(np.abs(found - logits(base))) > 0.1
     np.testing.assert_allclose(found, logits(whole), rtol=0, atol=2e-4)
     layout = jax.jit(decoding_layout, static_argnums=(0, 2))
-    for one, two in zip(
-        jax.tree.leaves(layout(CONFIG, params, "float32")),
-        jax.tree.leaves(layout(CONFIG, whole, "float32")),
-        strict=True,
-    ):
-        np.testing.assert_allclose(one, two, rtol=0, atol=1e-6)
+    assert_trees_close(
+        layout(CONFIG, params, "float32"), layout(CONFIG, whole, "float32"), atol=1e-6
+    )
 
 
 def test_the_weight_of_an_adapter_is_alpha_over_rank(base):
@@ -172,7 +166,7 @@ def objective(policy, params, batch):
 
 def trainer(mesh, lora=LORA, **more):
     compute = Compute(remat="names", lora_dropout=lora.dropout if lora else 0.0)
-    return Trainer(Policy(CONFIG, compute), objective, optax.adamw(1e-2), mesh, lora=lora, **more)
+    return Trainer(Policy(CONFIG, compute), objective, optax.adamw(1e-2), mesh, part=lora, **more)
 
 
 def stepped(mesh, base, adapters, steps=3, lora=LORA, **more):
@@ -205,8 +199,7 @@ def test_eight_devices_train_what_one_does(base, one_device):
     adapters = random_adapters()
     one, _, _ = stepped(one_device, base, adapters)
     eight, _, _ = stepped(make_mesh(2, 2, 2), base, adapters)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+    assert_trees_close(eight, one, atol=2e-4)
     q = eight["params"]["layers"]["block"]["q"]
     assert len({str(s.index) for s in q["a"].addressable_shards}) == 2
     assert len({str(s.index) for s in q["b"].addressable_shards}) == 2

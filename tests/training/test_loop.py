@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_trees_equal
 
 from cipo_jax import losses
 from cipo_jax.config import TrainConfig
@@ -68,11 +69,6 @@ def _run(trained, checkpoints, every=100, batch_at=_batch_at, **hooks):
     return run_phase("phase", trainer, update, start, batch_at, STEPS, checkpoints, every, **hooks)
 
 
-def _assert_identical(got, expected):
-    assert got.keys() == expected.keys()
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(trained, tmp_path_factory):
     return _run(trained, Checkpoints(tmp_path_factory.mktemp("whole")))
@@ -95,7 +91,7 @@ def test_a_phase_stopped_and_resumed_ends_bit_identical(trained, uninterrupted, 
     assert first is None
     assert len(saves) == 1
     assert Checkpoints(tmp_path).latest_step("phase") == step
-    _assert_identical(_run(trained, Checkpoints(tmp_path)), uninterrupted)
+    assert_trees_equal(_run(trained, Checkpoints(tmp_path)), uninterrupted)
 
 
 def test_training_moves_parameters_and_average(uninterrupted):
@@ -109,7 +105,7 @@ def test_periodic_checkpoints_change_nothing_and_are_announced(trained, uninterr
     end = _run(
         trained, checkpoints, every=3, on_save=lambda: seen.append(checkpoints.latest_step("phase"))
     )
-    _assert_identical(end, uninterrupted)
+    assert_trees_equal(end, uninterrupted)
     assert seen == [3, 6]
 
 
@@ -128,7 +124,7 @@ def test_a_phase_killed_after_a_checkpoint_resumes_from_it(trained, uninterrupte
         trained, Checkpoints(tmp_path), every=3, on_step=lambda step, metrics: steps.append(step)
     )
     assert steps == [4, 5, 6, 7]
-    _assert_identical(end, uninterrupted)
+    assert_trees_equal(end, uninterrupted)
 
 
 def test_on_step_is_called_once_a_step_with_that_steps_metrics(trained, tmp_path):
@@ -150,7 +146,7 @@ def test_a_phase_of_no_steps_returns_its_start(trained, tmp_path):
     trainer, update = trained
     start = {"params": _params(), "ema": _params(1)}
     end = run_phase("none", trainer, update, start, _batch_at, 0, Checkpoints(tmp_path), 1)
-    _assert_identical(end, start)
+    assert_trees_equal(end, start)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +287,7 @@ def test_a_state_loads_onto_another_mesh(tmp_path, source, target):
     devices = jax.devices()[: math.prod(target)]
     abstract = _trainer(make_mesh(*target, devices=devices)).abstract_state()
     loaded = checkpoints.load_step("phase", 5, abstract)
-    assert jax.tree.structure(loaded) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded), jax.device_get(state))
+    assert_trees_equal(loaded, state)
     assert jax.tree.all(
         jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), loaded, abstract)
     )
@@ -309,5 +304,5 @@ def test_phase_parameters_load_onto_another_mesh(tmp_path):
         param_shardings(params, target),
     )
     loaded = checkpoints.load_phase("phase", {"params": abstract})
-    jax.tree.map(np.testing.assert_array_equal, loaded, {"params": params})
+    assert_trees_equal(loaded, {"params": params})
     assert loaded["params"]["embed"].sharding.mesh == target

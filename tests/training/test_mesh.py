@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from trees import assert_trees_equal
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig, abstract_params, decoding_layout
@@ -196,4 +197,4 @@ def test_parameters_can_be_placed_by_both_tables():
         (decoding, decoding_shardings(decoding, mesh)),
     ):
         placed = jax.device_put(tree, shardings)
-        jax.tree.map(np.testing.assert_array_equal, placed, tree)
+        assert_trees_equal(placed, tree)
