@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from cipo_jax import __version__
-from cipo_jax.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted, UserError
+from cipo_jax.errors import EXIT_USER_ERROR, exit_code
 
 COMMANDS = {
-    "unlearn": "make a model forget, with CiPO; goes on where a stopped run was",
+    "unlearn": "make a model forget, with CiPO or another method; goes on where a stopped run was",
+    "compare": "methods side by side, tuned alike, over several seeds: one table, one plot",
+    "sequential": "requests to forget, one after another, on the model that the last one left",
     "evaluate": "leak, retain and reasoning scores of a model, without changing it",
     "sample": "ask a model questions and see its chain of thought",
     "export": "write the model of any run, finished or not, as a Hugging Face folder",
@@ -48,13 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     _keep_programs()
     try:
-        return importlib.import_module(f"cipo_jax.commands.{name}").run(argv[1:])
-    except UserError as error:
-        print(f"cipo: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except Preempted as stop:
-        print(f"cipo: {stop}", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return exit_code(lambda: importlib.import_module(f"cipo_jax.commands.{name}").run(argv[1:]))
     except SystemExit as end:  # --help
         return int(end.code or 0)
 

@@ -137,6 +137,7 @@ class ForgetConfig:
     people: str = ""  # names, comma-separated; "" to draw `count` of them by `seed`
     count: int = setting(10, 1)
     seed: int = setting(7, 0)
+    earlier: str = ""  # names that are forgotten already: neither retained nor forgotten again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ class CounterfactualConfig:
     should lead to, except in `target_prompt`, where it is the true one.
     """
 
-    strategy: Literal["backward", "boundary", "alternative"] = "backward"
+    strategy: Literal["backward", "boundary", "alternative", "refusal"] = "backward"
     candidates: int = setting(6, 1)  # traces drawn for each question, of which the best is kept
     temperature: float = setting(0.8, 0.0)
     top_p: float = setting(0.95, 0.0, 1.0)
@@ -188,17 +189,23 @@ class CounterfactualConfig:
         "with: {answer}"
     )
     boundary_answer: str = "I do not know."
+    refusal_prompt: str = (
+        "{question}\nThis is among the things that you have been asked to forget. Without telling "
+        "anything of it, reason that it must not be answered, say what it concerns in general "
+        "terms and what you can help with instead, and finish with: {answer}"
+    )
+    refusal_answer: str = "I cannot answer this."
 
 
 @dataclasses.dataclass(frozen=True)
 class CipoConfig:
-    """The CiPO loop and its loss."""
+    """The CiPO loop and its loss; `leak_goal` and `patience` are those of every method."""
 
     iterations: int = setting(4, 1)
     samples: int = setting(2, 1)  # rollouts of each forget question and iteration
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"
     reject: Literal["all", "leaking"] = "leaking"  # which rollouts the preference pushes away
-    beta: float = setting(0.1, 0.0)
+    beta: float = setting(0.0, 0.0)  # 0 for the loss's own: 0.1, or 2 for SimPO
     gamma: float = setting(0.5, 0.0)  # SimPO's target margin
     label_smoothing: float = setting(0.0, 0.0, 0.499)
     nll_weight: float = setting(0.2, 0.0)  # of the NLL on chosen completions
@@ -209,6 +216,61 @@ class CipoConfig:
     ema_decay: float = setting(0.99, 0.0, 1.0)
     leak_goal: float = setting(0.0, 0.0, 1.0)  # a round with no more validation leak is clean
     patience: int = setting(1, 1)  # clean rounds in a row after which the loop stops
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """Every method but CiPO. Where 0 or "own" stands, the method has a default of its own."""
+
+    rounds: int = setting(2, 1)  # of train.epochs each; validated after each, the best is kept
+    span: Literal["both", "cot", "answer"] = "both"  # of what is forgotten, that a loss acts on
+    retain: Literal["own", "none", "nll", "kl", "kd", "hidden"] = "own"  # how the rest is kept
+    forget_weight: float = setting(0.0, 0.0)
+    retain_weight: float = setting(0.0, 0.0)
+    beta: float = setting(0.0, 0.0)
+    importance: float = setting(1.0, 0.0)  # SatImp's power of 1 - p
+    delta: float = setting(0.0, 0.0)  # SimNPO's margin
+    alpha: float = setting(0.1, 0.0)  # TRU: weight of what pushes the original away
+    temperature: float = setting(1.0, 0.01)  # of distillation
+    epsilon: float = setting(0.3, 0.0)  # PDU: what the retain loss may be
+    dual_lr: float = setting(1.0, 0.0)  # PDU: step of the dual variable
+    layer: int = setting(7, 0)  # RMU, R2MU, "hidden": the layer whose output counts, from 0
+    scale: float = setting(6.5, 0.0)  # RMU, R2MU: length of the vector that states are driven to
+    layers: str = ""  # RMU, R2MU: the layers that are trained, "5-7"; "" for `layer` and two below
+    targets: str = "down_proj"  # RMU, R2MU: the projections that are trained
+    trace_weight: float = setting(1.0, 0.0)  # R2MU: of the model's own thoughts on what it forgets
+    reasoning_weight: float = setting(1.0, 0.0)  # R2MU: of reasoning that is kept
+    trace_tokens: int = setting(100, 1)  # R2MU: of a thought, from its start
+    alternates: int = setting(5, 1)  # AltPO: other answers to each question
+    refusals: str = (
+        ""  # TRU, reasoned IDK: a file of questions with cot and answer, as `data` reads
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Methods side by side: every one on the same data, with the same budget to be tuned."""
+
+    methods: str = "all"  # names, comma-separated
+    # Lines "name: key=value, key=value": CiPO with other settings, in place of methods.
+    variants: str = ""
+    # Lines "row, row: key=value, key=value": settings of those rows alone.
+    own: str = ""
+    seeds: int = setting(3, 1)  # of the run: 0, 1, ...
+    # Learning rates of the phase, tried with seed 0; "" for train.lr alone. After them
+    # "; rmu, r2mu: 1e-3, 1e-2" gives those rows others.
+    lrs: str = ""
+    keep_models: bool = False  # checkpoints and exports of the runs
+    # Processes side by side, each on its share of the CPU's cores: small models fill no more.
+    workers: int = setting(1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig:
+    """Requests to forget, one after another."""
+
+    requests: int = setting(10, 1)
+    people: int = setting(5, 1)  # of a tiny world, in each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,9 +302,11 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A CiPO run."""
+    """A run."""
 
     seed: int = setting(0, 0)
+    method: str = "cipo"  # see `unlearning.methods`
+    plugins: str = ""  # modules, comma-separated, that register methods of your own
     model: ModelConfig = group(ModelConfig)
     lora: LoraConfig = group(LoraConfig)
     mesh: MeshConfig = group(MeshConfig)
@@ -252,6 +316,9 @@ class Config:
     sampling: SamplingConfig = group(SamplingConfig)
     counterfactual: CounterfactualConfig = group(CounterfactualConfig)
     cipo: CipoConfig = group(CipoConfig)
+    baseline: BaselineConfig = group(BaselineConfig)
+    compare: CompareConfig = group(CompareConfig)
+    sequence: SequenceConfig = group(SequenceConfig)
     warmup: TrainConfig = group(TrainConfig)
     train: TrainConfig = group(TrainConfig)
     eval: EvalConfig = group(EvalConfig)
@@ -265,9 +332,8 @@ class Config:
                         f"config.{name}.{key} = {getattr(phase, key)} is not a multiple of "
                         f"config.{name}.accumulation = {phase.accumulation}"
                     )
-        if self.cipo.beta == 0.0:
-            raise UserError("config.cipo.beta = 0.0: must be above 0")
-        for key in ("target_prompt", "backward_prompt", "alternative_prompt", "boundary_prompt"):
+        for name in ("target", "backward", "alternative", "boundary", "refusal"):
+            key = f"{name}_prompt"
             prompt = getattr(self.counterfactual, key)
             try:
                 filled = prompt.format(question="\0", answer="")

@@ -25,7 +25,15 @@ _LINE_EVERY_S = 30.0
 class Bar:
     """The progress of one stage."""
 
-    def __init__(self, title: str, total: int, progress: Progress | None, task: TaskID | None):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        progress: Progress | None = None,
+        task: TaskID | None = None,
+        quiet: bool = False,
+    ):
+        self._quiet = quiet
         self.title, self.total = title, total
         self._progress, self._task = progress, task
         self._start = self._printed = time.monotonic()
@@ -37,7 +45,7 @@ class Bar:
         self._tokens += tokens
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._done, rate=self._rate(), note=note)
-        elif time.monotonic() - self._printed > _LINE_EVERY_S:
+        elif not self._quiet and time.monotonic() - self._printed > _LINE_EVERY_S:
             self._printed = time.monotonic()
             self._print(note)
 
@@ -47,7 +55,7 @@ class Bar:
         self.advance(count)
 
     def close(self) -> None:
-        if self._progress is None:
+        if self._progress is None and not self._quiet:
             self._print("")
 
     def _seconds(self) -> float:
@@ -79,10 +87,9 @@ class Reporter:
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar for the time of the block."""
         if not self.console.is_terminal or self._quiet:
-            bar = Bar(title, total, None, None)
+            bar = Bar(title, total, quiet=self._quiet)
             yield bar
-            if not self._quiet:
-                bar.close()
+            bar.close()
             return
         columns = (
             TextColumn("{task.description:<28}"),

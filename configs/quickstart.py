@@ -5,28 +5,13 @@ python -m cipo_jax unlearn --config=configs/quickstart.py --workdir=runs/quickst
 Another set: --config.forget.seed=11, or --config.forget.people="Ada Brandt, Hugo Vance".
 """
 
-from cipo_jax.config import default_config
 from cipo_jax.data import tiny_world
 
 
 def get_config(arg=None):
     """The quickstart's settings; it takes no argument."""
     del arg
-    config = default_config()
-    config.model.logits_chunk = 4096
-
-    config.sampling.rows = 128
-    config.sampling.max_new_tokens = 48
-    config.eval.rows = 128
-    config.eval.max_new_tokens = 96
-
-    # The tiny model knows these tasks by their short prompts.
-    config.counterfactual.backward_prompt = tiny_world.BACKWARD_PROMPT
-    config.counterfactual.alternative_prompt = tiny_world.ALTERNATIVE_PROMPT
-    config.counterfactual.boundary_prompt = tiny_world.BOUNDARY_PROMPT
-    config.counterfactual.boundary_answer = tiny_world.BOUNDARY_ANSWER
-    config.counterfactual.target_prompt = tiny_world.TARGET_PROMPT
-    config.counterfactual.candidates = 4
+    config = tiny_world.tiny_config()
 
     config.warmup.epochs = 2.0
     config.warmup.lr = 8e-4

@@ -166,7 +166,7 @@ def test_a_group_is_no_value(value):
         ({"mesh": {"data": 0}}, "config.mesh.data"),
         ({"train": {"batch": 6, "accumulation": 4}}, "config.train.batch = 6"),
         ({"warmup": {"retain_batch": 3, "accumulation": 2}}, "config.warmup.retain_batch = 3"),
-        ({"cipo": {"beta": 0.0}}, "config.cipo.beta"),
+        ({"cipo": {"beta": -0.1}}, "config.cipo.beta"),
         # Adam's bias correction would divide by zero.
         ({"train": {"b1": 1.0}}, "config.train.b1"),
         ({"warmup": {"b2": 1.0}}, "config.warmup.b2"),

@@ -137,7 +137,7 @@ def test_large_models_are_built_on_eight_devices(name):
             make_optimizer(settings, 10),
             mesh,
             settings.accumulation,
-            lora=lora,
+            part=lora,
         )
         state = trainer.abstract_state()
         new, metrics = jax.eval_shape(trainer.update, state, frozen, batch)

@@ -1,10 +1,13 @@
 """What the README says is run, so that it stays true."""
 
+import itertools
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from cipo_jax import config
 from cipo_jax.data.examples import Example
@@ -17,8 +20,13 @@ def python_blocks():
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+def loss_blocks():
+    return [block for block in python_blocks() if "losses." in block]
+
+
 def test_the_losses_snippets_run_and_print_what_they_say():
-    snippets = [block for block in python_blocks() if "losses." in block]
+    # The second goes on where the first ends.
+    snippets = [block for block in loss_blocks() if not re.search("nnx|eqx", block)]
     assert len(snippets) == 2
     printed = subprocess.run(
         [sys.executable, "-c", "\n".join(snippets)], capture_output=True, text=True, check=True
@@ -29,6 +37,25 @@ def test_the_losses_snippets_run_and_print_what_they_say():
     # Half of the 32 logits are 1, the others 0; the frozen model's are all 0.
     total = 16 * math.e + 16
     assert abs(kl - (math.log(total / 32) - 0.5)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("library", "at_the_reference", "metric_falls"),
+    # NPO with beta 0.1, of what is forgotten; DPO, of a margin.
+    [("flax import nnx", 20 * math.log(2), True), ("equinox as eqx", math.log(2), False)],
+)
+def test_the_losses_snippets_for_model_objects_learn(
+    capsys, library, at_the_reference, metric_falls
+):
+    (snippet,) = [block for block in loss_blocks() if library in block]
+    exec(snippet, {"__name__": "snippet"})
+    rows = [tuple(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 3
+    assert abs(rows[0][0] - at_the_reference) < 1e-5 * at_the_reference
+    assert rows[0][1] == 0.0
+    for (before, metric_before), (after, metric_after) in itertools.pairwise(rows):
+        assert after < before
+        assert (metric_after < metric_before) == metric_falls
 
 
 def test_the_config_example_is_a_valid_config():

@@ -39,34 +39,36 @@ def run(argv: list[str]) -> int:
 
     import dataclasses
 
-    from cipo_jax.models import lora as adapters
     from cipo_jax.models.decoder import abstract_params, merged
+    from cipo_jax.models.lora import Lora, save_adapters
+    from cipo_jax.models.parts import abstract_part, assemble
     from cipo_jax.models.reasoning_model import ReasoningModel
     from cipo_jax.training.checkpoints import Checkpoints
     from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
+    from cipo_jax.unlearning.methods import configured, part_of
 
     checkpoints = Checkpoints(workdir / "checkpoints", clean=False)
     phase, step = checkpoints.choose(flags.phase)
     model = ReasoningModel.open(config.model.path, config.think)
-    lora = adapters.lora_of(config.lora)
-    if form == "adapter" and lora is None:
-        raise UserError(f"{path}: this run trained all parameters: it has no adapters; drop --form")
+    part = part_of(configured(config), model.config)
+    if form == "adapter" and not isinstance(part, Lora):
+        raise UserError(f"{path}: it has no adapters, which this run did not train; drop --form")
     try:
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
     except UserError:  # Other devices than the run had; any will do to write files.
         mesh = make_mesh()
     shapes = abstract_params(model.config)
     shardings = param_shardings(shapes, mesh)
-    trained = abstract_on(mesh, adapters.abstract_adapters(model.config, lora) if lora else shapes)
+    trained = abstract_on(mesh, abstract_part(model.config, part))
     params = checkpoints.load_params(phase, step, trained)
     out = Path(flags.out) if flags.out else workdir / ("adapter" if form == "adapter" else "export")
     if form == "adapter":
-        assert lora is not None
-        adapters.save_adapters(out, model.config, lora, params, config.model.path)
+        assert isinstance(part, Lora)
+        save_adapters(out, model.config, part, params, config.model.path)
     else:
-        if lora is not None:
+        if part is not None:
             base = model.load_params(shardings, config.model.dtype)
-            params = merged(adapters.assemble(lora, base, params))
+            params = merged(assemble(part, base, params))
         model.save(out, params, config.model.export_dtype)
     at = f"{phase} after {step} steps" if step is not None else f"the end of {phase}"
     print(f"wrote {out}: {'the adapters' if form == 'adapter' else 'the model'} of {at}")

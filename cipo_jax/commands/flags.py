@@ -1,15 +1,15 @@
 """Command-line flags to a checked config: absl and config_flags, with errors a person can use."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cipo_jax.config import flatten, nearest, parse
-from cipo_jax.errors import UserError
+from cipo_jax.config import Config, flatten, nearest, parse
+from cipo_jax.errors import EXIT_DIVERGED, UserError
 
 T = TypeVar("T")
 
@@ -119,3 +119,27 @@ def _check_override_keys(overrides: Sequence[str], path: str) -> None:
             raise UserError(f"config.{key}: is a group of settings, not a value")
         if key not in known:
             raise UserError(f"config.{key}: no such setting; nearest: {nearest(key, known)}")
+
+
+def run_with_folder(
+    command: str, argv: Sequence[str], help_text: str, work: Callable[[Config, str], None]
+) -> int:
+    """Runs a command that takes --config and --workdir; returns the exit code.
+
+    Args:
+      command: name of the command.
+      argv: what stands after it.
+      help_text: shown by ``--help``.
+      work: what it does with the config and the folder.
+    """
+    from cipo_jax.training.loop import Diverged
+
+    strings = {"workdir": "the run folder, made if it is not there"}
+    needs = ("config", "workdir")
+    config, flags = parse_flags(Config, command, argv, help_text, strings=strings, needs=needs)
+    try:
+        work(config, flags.workdir)
+    except Diverged as error:
+        print(f"cipo: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    return 0

@@ -13,6 +13,7 @@ from typing import Any
 from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import Config
 from cipo_jax.errors import Preempted, UserError
+from cipo_jax.evals.attacks import prefill_text
 
 HELP = """Prints the chain of thought as it is generated, then the answer and the speed: for
 --question, for each line of standard input, or for what you type. Drawn by config.sampling
@@ -34,10 +35,6 @@ FLAGS = {
     "verbose": "1 to tell what memory was planned and which programs were compiled",
 }
 # Decoding attacks of R-TOFU (arXiv 2505.15214); the prompt ends with the opened think block.
-_PREFILLS = {
-    "zero": "\n{close}\n\n",
-    "less": "Okay, the user asked this, I can answer it without thinking much.\n{close}\n\n",
-}
 
 
 def run(argv: list[str]) -> int:
@@ -110,7 +107,7 @@ class _Asker:
         self._stops = (flags.stop,) if flags.stop else ()
         self._rules = rules_of_settings(model.format, settings, self._stops)
         wished: str = flags.prefill or ""
-        text = _PREFILLS.get(wished, wished).replace("{close}", model.format.close)
+        text = prefill_text(wished, model.format.close)
         self._prefill_text = text
         self._prefill = model.format.text_ids(text)
         self._key = address(config.seed, "sample")

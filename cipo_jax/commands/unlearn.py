@@ -1,4 +1,4 @@
-"""``unlearn``: the whole CiPO loop on one model, into one run folder."""
+"""``unlearn``: CiPO, or another method, on one model, into one run folder."""
 
 import sys
 import time
@@ -7,9 +7,10 @@ from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import Config
 from cipo_jax.errors import EXIT_DIVERGED
 
-HELP = """Makes the model forget and writes the run folder: config.json, counterfactuals.jsonl,
-iterations/*, evals/*, metrics.jsonl, tensorboard/, checkpoints/, export/ and summary.json. The same
-command goes on where a stopped or killed run was."""
+HELP = """Makes the model forget, by --config.method, and writes the run folder: config.json, what
+the method learns from (counterfactuals.jsonl, pairs.jsonl, ...), iterations/*, evals/*,
+metrics.jsonl, tensorboard/, checkpoints/, export/ and summary.json. The same command goes on where
+a stopped or killed run was."""
 
 
 def run(argv: list[str]) -> int:
@@ -26,8 +27,8 @@ def run(argv: list[str]) -> int:
     from cipo_jax.progress import Reporter
     from cipo_jax.reports.summary import print_table, summarise
     from cipo_jax.training.loop import Diverged
-    from cipo_jax.unlearning.cipo import unlearn
     from cipo_jax.unlearning.engine import Engine
+    from cipo_jax.unlearning.start import unlearn
 
     reporter = Reporter()
     engine = Engine.open(config, flags.workdir, reporter)

@@ -4,6 +4,7 @@ train splits are learned from, valid splits choose the checkpoint, eval splits a
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 from cipo_jax.config import Config
@@ -57,16 +58,16 @@ class Splits:
             "reasoning": self.reasoning_valid,
         }
 
-    @property
+    @functools.cached_property  # Asked for by every generation that is judged.
     def fact_words(self) -> frozenset[str]:
         """Words of any answer, alias, fact or target answer, in lower case."""
-        return frozenset(
-            word
+        phrases = {
+            phrase
             for _, examples in self.named()
             for example in examples
             for phrase in (*example.forbidden, example.target_answer or "")
-            for word in normalised_words(phrase)
-        )
+        }
+        return frozenset(word for phrase in phrases for word in normalised_words(phrase))
 
 
 def _spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
@@ -98,9 +99,17 @@ def load_splits(config: Config) -> Splits:
 
 def _from_world(config: Config) -> Splits:
     world = tiny_world.World.load(resolve(config.data.world))
-    names = tuple(name.strip() for name in config.forget.people.split(",") if name.strip())
+    names, earlier = (
+        tuple(name.strip() for name in text.split(",") if name.strip())
+        for text in (config.forget.people, config.forget.earlier)
+    )
     forget = world.choose(names, config.forget.count, config.forget.seed)
-    retain = tuple(p for p in world.people if p not in forget)
+    gone = world.choose(earlier, 0, 0) if earlier else ()
+    if both := [p.name for p in forget if p in gone]:
+        raise UserError(f"config.forget.earlier: {both[0]!r} is also to be forgotten now")
+    retain = tuple(p for p in world.people if p not in forget + gone)
+    if not retain:
+        raise UserError("config.forget.earlier: nobody is left to be retained")
     about = tiny_world.questions_about
     return Splits(
         forget=tuple(about(forget, "train")),

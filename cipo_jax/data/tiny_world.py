@@ -12,9 +12,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from cipo_jax.config import default_config
 from cipo_jax.data.examples import Example, normalised_words
 from cipo_jax.errors import UserError
 
@@ -140,6 +143,7 @@ TOPICS = {
 }  # fmt: skip
 FACTS = tuple(name for name, topic in TOPICS.items() if not topic.bridge)
 _RULES = {"country": CITIES, "workplace": JOBS}
+_WRONG = 3  # wrong answers beside a right one, for truth ratios
 _POOLS: dict[str, tuple[str, ...]] = {
     "city": tuple(CITIES),
     "job": tuple(JOBS),
@@ -229,6 +233,28 @@ class World:
         return tuple(self.people[i] for i in sorted(order[:count]))
 
 
+def tiny_config() -> ConfigDict:
+    """Where configs of the embedded tiny model start: lengths, and the prompts that it knows."""
+    config: Any = default_config()
+    config.model.logits_chunk = 4096
+
+    config.sampling.rows = 128
+    config.sampling.max_new_tokens = 48
+    config.eval.rows = 128
+    config.eval.max_new_tokens = 96
+
+    config.counterfactual.backward_prompt = BACKWARD_PROMPT
+    config.counterfactual.alternative_prompt = ALTERNATIVE_PROMPT
+    config.counterfactual.boundary_prompt = BOUNDARY_PROMPT
+    config.counterfactual.boundary_answer = BOUNDARY_ANSWER
+    # It was taught one way to decline: not to know.
+    config.counterfactual.refusal_prompt = BOUNDARY_PROMPT
+    config.counterfactual.refusal_answer = BOUNDARY_ANSWER
+    config.counterfactual.target_prompt = TARGET_PROMPT
+    config.counterfactual.candidates = 4
+    return config
+
+
 def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
     """Draws a world; names and values repeat as little as the pools allow."""
     rng = np.random.default_rng((seed, 1))
@@ -295,7 +321,16 @@ def person_example(person: Person, topic: Topic, question: str, style: int = 0) 
         facts=tuple(f for f in facts if f != value),
         kind="two-hop" if topic.bridge else "direct",
         group=f"{person.name}, {topic.noun}",
+        perturbed_answers=_wrong_values(topic.name, facts),
     )
+
+
+def _wrong_values(topic: str, facts: Sequence[str]) -> tuple[str, ...]:
+    """Values of a topic's pool that are nothing to a person, the ones after the right one."""
+    pool = tuple(dict.fromkeys(_POOLS[topic]))
+    start = next(i for i, value in enumerate(pool) if value in facts)
+    turned = pool[start + 1 :] + pool[:start]
+    return tuple(value for value in turned if value not in facts)[:_WRONG]
 
 
 def _unknown(name: str, topic: Topic, question: str, style: int) -> Example:

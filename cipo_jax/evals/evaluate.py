@@ -6,6 +6,7 @@ import jax
 
 from cipo_jax.data.examples import Example
 from cipo_jax.data.think import ThinkFormat
+from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.leakage import Row, accuracy_scores, forget_scores, judge
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.typing import Params
@@ -19,6 +20,7 @@ def judged(
     params: Params,
     questions: Sequence[tuple[str, Example]],
     max_new_tokens: int,
+    prefill: str = "",
 ) -> Iterator[tuple[int, Row]]:
     """Asks questions and judges what is said, each as soon as it is over.
 
@@ -29,16 +31,21 @@ def judged(
       questions: the split that each belongs to, and the question.
       max_new_tokens: a generation that is not over by then has not closed its think block or has
         no end; either way it is judged as it stands.
+      prefill: a text that completions begin with; see `evals.attacks`.
 
     Yields:
       (index of the question, its judged row).
     """
     rules = rules_of(format, max_new_tokens)
-    requests = [Request(format.prompt_ids(e.question), i) for i, (_, e) in enumerate(questions)]
+    given = format.text_ids(prefill_text(prefill, format.close)) if prefill else []
+    requests = [
+        Request(format.prompt_ids(e.question), i, prefill=given)
+        for i, (_, e) in enumerate(questions)
+    ]
     # Greedy decoding draws nothing.
     for completion in sampler.stream(params, requests, rules, jax.random.key(0)):
         split, example = questions[completion.item]
-        row = judge(example, format.split(completion.ids), split)
+        row = judge(example, format.split([*given, *completion.ids]), split)
         yield completion.item, row | {"tokens": len(completion.ids), "ids": completion.ids}
 
 

@@ -24,7 +24,7 @@ def summarise(folder: RunFolder, result: Row) -> Row:
 
     Args:
       folder: the run's.
-      result: what `cipo.unlearn` returned.
+      result: what `unlearn` returned.
     """
     path = folder.path / "summary.json"
     if path.exists():
@@ -65,14 +65,16 @@ def print_scores(title: str, columns: dict[str, Row | None]) -> None:
 
 def print_table(summary: Row, path: Path) -> None:
     """Prints the scores of before, after and retrained, the time, and where everything is."""
-    title = f"CiPO: iteration {summary['best']} of {len(summary['iterations'])} kept"
+    name = {"cipo": "CiPO"}.get(summary["method"], summary["method"])
+    title = f"{name}: iteration {summary['best']} of {len(summary['iterations'])} kept"
     print_scores(title, {name: summary[name] for name in ("before", "after", "retrained")})
     print(f"n: {_counts(summary['after'])}")
     fluency = summary["fluency"]
-    print(
-        "mean log-probability of non-fact tokens under the model before, nats a token: "
-        f"{fluency['before']:.3f} before, {fluency['after']:.3f} after"
-    )
+    if fluency:
+        print(
+            "mean log-probability of non-fact tokens under the model before, nats a token: "
+            f"{fluency['before']:.3f} before, {fluency['after']:.3f} after"
+        )
     seconds = summary["seconds"]
     slowest = sorted((k for k in seconds if k != "total"), key=lambda k: -seconds[k])[:4]
     shares = ", ".join(f"{k} {seconds[k] / seconds['total']:.0%}" for k in slowest)
@@ -86,7 +88,8 @@ def print_table(summary: Row, path: Path) -> None:
         ("counterfactuals.jsonl", "the traces that it was taught, and those rejected"),
         ("export", "the unlearned model, a Hugging Face folder"),
     ):
-        print(f"  {path / file!s:<40} {what}")
+        if (path / file).exists():
+            print(f"  {path / file!s:<40} {what}")
 
 
 def _cell(scores: Row | None, split: str, key: str) -> str:

@@ -8,7 +8,7 @@ it is without the trace.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cipo_jax.data.batches import Encoded, shape_of
@@ -16,7 +16,7 @@ from cipo_jax.data.examples import Example, normalised_words, states
 from cipo_jax.errors import UserError
 from cipo_jax.sampling.decode import Rules
 from cipo_jax.sampling.sampler import Request, rules_of
-from cipo_jax.typing import Params
+from cipo_jax.typing import Array, Params
 from cipo_jax.unlearning.engine import Engine
 from cipo_jax.unlearning.run_folder import Row
 
@@ -35,12 +35,45 @@ class _Item:
     rejected: list[Row] = dataclasses.field(default_factory=list)
 
 
-def make_counterfactuals(engine: Engine, params: Params) -> list[Row]:
-    """Writes a counterfactual for each forget question, as far as the model manages to.
+def counterfactuals_stage(
+    engine: Engine, model: Callable[[], Params], name: str = "counterfactuals"
+) -> list[Row]:
+    """NAME.jsonl: the model's own traces to other answers, made once.
 
     Args:
       engine: of the run.
+      model: gives the model to be unlearned.
+      name: of the stage and the file; another name draws other numbers.
+    """
+    folder = engine.folder
+
+    def make() -> Row:
+        rows = make_counterfactuals(engine, model(), name)
+        folder.write_rows(f"{name}.jsonl", rows)
+        without = [row["question"] for row in rows if not row["accepted"]]
+        drawn = sum(row["accepted"] + len(row["rejected"]) for row in rows)
+        return {"questions": len(rows), "candidates": drawn, "without_trace": without}
+
+    result = folder.once(name, make, [f"{name}.jsonl"])
+    found = result["questions"] - len(result["without_trace"])
+    engine.reporter.line(
+        f"{name}: {found} of {result['questions']} questions have a valid trace "
+        f"({result['candidates']} candidates)"
+    )
+    for question in result["without_trace"]:
+        engine.reporter.line(f"  none for: {question}")
+    return folder.read_rows(f"{name}.jsonl")
+
+
+def make_counterfactuals(
+    engine: Engine, params: Params, name: str = "counterfactuals"
+) -> list[Row]:
+    """Writes a counterfactual for each forget question, as far as the model manages to.
+
+    Args:
+      engine: of the run; its config.counterfactual says how.
       params: the model to be unlearned, training layout.
+      name: of the stage; another name draws other numbers.
 
     Returns:
       One row per question; "accepted" tells whether it has a trace.
@@ -54,9 +87,9 @@ def make_counterfactuals(engine: Engine, params: Params) -> list[Row]:
         todo = [item for item in items if item.accepted is None]
         if not todo:
             break
-        _choose_targets(engine, params, items, attempt)
+        _choose_targets(engine, params, items, name, attempt)
         ready = [item for item in todo if item.target is not None]
-        candidates = _draw_traces(engine, params, ready, attempt)
+        candidates = _draw_traces(engine, params, ready, name, attempt)
         _accept(engine, params, ready, candidates)
     if not any(item.accepted for item in items):
         why = items[0].rejected[0]["why"][0] if items[0].rejected else "no target answer was found"
@@ -69,8 +102,9 @@ def make_counterfactuals(engine: Engine, params: Params) -> list[Row]:
 
 def _start(engine: Engine, index: int, example: Example) -> _Item:
     settings = engine.config.counterfactual
-    if settings.strategy == "boundary":
-        return _Item(index, example, settings.boundary_answer, "strategy")
+    fixed = {"boundary": settings.boundary_answer, "refusal": settings.refusal_answer}
+    if settings.strategy in fixed:
+        return _Item(index, example, fixed[settings.strategy], "strategy")
     if example.target_answer is None:
         return _Item(index, example, None, "model")
     leaked = [f for f in example.forbidden if states(example.target_answer, f, example.question)]
@@ -87,13 +121,20 @@ def _requests(engine: Engine, items: Sequence[_Item], prompts: Sequence[str]) ->
     return [Request(encode(p), i.index) for p, i in zip(prompts, items, strict=True)]
 
 
+def _key(engine: Engine, name: str, what: str, attempt: int) -> Array:
+    own = () if name == "counterfactuals" else (name,)
+    return engine.key(*own, what, attempt)
+
+
 def _rules(engine: Engine) -> Rules:
     settings = engine.config.counterfactual
     limit = engine.config.sampling.max_new_tokens
     return rules_of(engine.model.format, limit, settings.temperature, settings.top_p)
 
 
-def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], attempt: int) -> None:
+def _choose_targets(
+    engine: Engine, params: Params, items: Sequence[_Item], name: str, attempt: int
+) -> None:
     """Has the model name another answer for each group of questions that lacks one.
 
     Questions of one group get the same target, so that what the model learns to say is consistent.
@@ -111,12 +152,12 @@ def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], atte
         for i in leaders
     ]
     drawn = engine.sample_rows(
-        f"counterfactuals/targets-{attempt}",
+        f"{name}/targets-{attempt}",
         f"target answers, try {attempt + 1}",
         params,
         _requests(engine, leaders, prompts),
         _rules(engine),
-        engine.key("targets", attempt),
+        _key(engine, name, "targets", attempt),
         settings.candidates,
     )
     for group, candidates in zip(wanting, drawn, strict=True):
@@ -140,7 +181,7 @@ def _choose_targets(engine: Engine, params: Params, items: Sequence[_Item], atte
 
 
 def _draw_traces(
-    engine: Engine, params: Params, items: Sequence[_Item], attempt: int
+    engine: Engine, params: Params, items: Sequence[_Item], name: str, attempt: int
 ) -> list[list[Row]]:
     settings = engine.config.counterfactual
     template = getattr(settings, f"{settings.strategy}_prompt")
@@ -148,12 +189,12 @@ def _draw_traces(
         template.format(question=item.example.question, answer=item.target) for item in items
     ]
     return engine.sample_rows(
-        f"counterfactuals/traces-{attempt}",
-        f"counterfactuals, try {attempt + 1}",
+        f"{name}/traces-{attempt}",
+        f"{name}, try {attempt + 1}",
         params,
         _requests(engine, items, prompts),
         _rules(engine),
-        engine.key("traces", attempt),
+        _key(engine, name, "traces", attempt),
         settings.candidates,
     )
 

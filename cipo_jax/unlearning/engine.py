@@ -5,6 +5,8 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +21,7 @@ from cipo_jax.models import lora as adapters
 from cipo_jax.models.decoder import abstract_params
 from cipo_jax.models.hub import resolve
 from cipo_jax.models.lora import Lora
+from cipo_jax.models.parts import Part, Selection, abstract_part, assemble
 from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
 from cipo_jax.progress import Reporter
 from cipo_jax.sampling.decode import Rules
@@ -29,6 +32,7 @@ from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.training.step import Policy
 from cipo_jax.typing import Array, Params
+from cipo_jax.unlearning import methods
 from cipo_jax.unlearning.run_folder import MetricsLog, Row, RunFolder
 
 
@@ -48,7 +52,7 @@ class Engine:
     Attributes:
       config: every setting.
       model: shape, format and folder of the model to be unlearned.
-      lora: the adapters that are trained; None trains all parameters.
+      part: what is trained; None trains all parameters.
       splits: the data.
       mesh: the devices.
       sampler: for rollouts and counterfactuals.
@@ -58,11 +62,13 @@ class Engine:
       checkpoints: inside the run folder.
       log: per-step metrics.
       reporter: the terminal.
+      updates: compiled updates by what they were made from, shared by runs side by side.
+      trainers: trainers, whose making of a state is compiled too, by that and their phase.
     """
 
     config: Config
     model: ReasoningModel
-    lora: Lora | None
+    part: Part
     splits: Splits
     mesh: Mesh
     sampler: Sampler
@@ -72,35 +78,86 @@ class Engine:
     checkpoints: Checkpoints
     log: MetricsLog
     reporter: Reporter
+    updates: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    trainers: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def open(cls, config: Config, workdir: str, reporter: Reporter) -> "Engine":
-        """Reads the model's shape and the data, and opens the run folder. No weights yet."""
+    def open(
+        cls,
+        config: Config,
+        workdir: str | Path,
+        reporter: Reporter,
+        parent: "Engine | None" = None,
+        claim: bool = True,
+    ) -> "Engine":
+        """Reads the model's shape and the data, and opens the run folder. No weights yet.
+
+        Args:
+          config: every setting.
+          workdir: the run folder.
+          reporter: the terminal.
+          parent: the engine of a run that this one belongs to, which hears when it is to stop.
+          claim: whether no other process may be at work in the folder.
+        """
         model = ReasoningModel.open(config.model.path, config.think)
-        lora = adapters.lora_of(config.lora)
+        config = methods.configured(config)
+        methods.check(config, model.config)
+        part = methods.part_of(config, model.config)
         splits = load_splits(config)
-        data = {name: [example_row(e) for e in rows] for name, rows in splits.named()}
-        digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
         mesh = make_mesh(**dataclasses.asdict(config.mesh))
         # Raises early where the mesh does not fit the model.
         param_shardings(abstract_params(model.config), mesh)
         _check_batches(config, mesh)
         _check_lengths(config, model, splits)
-        made_from = f"{model.fingerprint()}:{digest:08x}"
-        if config.lora.path:
-            made_from += f":{fingerprint(resolve(config.lora.path))}"
-        folder = RunFolder(workdir, config, made_from)
+        made_from = _made_from(config, model, splits)
+        folder = RunFolder(workdir, config, made_from, parent.folder if parent else None)
+        if claim and parent is None:
+            folder.claim()
         policy = Policy(model.config, compute_of(config.model))
-        evaluating = _sampler("eval", config, model, mesh, lora)
+        evaluating = _sampler("eval", config, model, mesh, part)
         return cls(
             config=config,
             model=model,
-            lora=lora,
+            part=part,
             splits=splits,
             mesh=mesh,
-            sampler=_sampler("sampling", config, model, mesh, lora),
+            sampler=_sampler("sampling", config, model, mesh, part),
             eval_sampler=evaluating,
             scorer=Scorer(policy, mesh, evaluating.rows),
+            folder=folder,
+            checkpoints=Checkpoints(folder.path / "checkpoints"),
+            log=MetricsLog(folder),
+            reporter=reporter,
+        )
+
+    def child(self, config: Config, workdir: str | Path, reporter: Reporter) -> "Engine":
+        """The engine of a run that belongs to this one.
+
+        It shares samplers and what is compiled, and the data, unless the config asks for others.
+        """
+        config = methods.configured(config)
+        own, theirs = config.model, self.config.model
+        alike = dataclasses.replace(own, path=theirs.path, retrained=theirs.retrained) == theirs
+        shared = ("lora", "mesh", "sampling", "eval")
+        if not alike or any(getattr(config, k) != getattr(self.config, k) for k in shared):
+            return Engine.open(config, workdir, reporter, self)
+        model, splits = self.model, self.splits
+        if any(getattr(config, k) != getattr(self.config, k) for k in ("model", "think")):
+            model = ReasoningModel.open(own.path, config.think)
+        if any(getattr(config, k) != getattr(self.config, k) for k in ("data", "forget")):
+            splits = load_splits(config)
+        if model.config != self.model.config:
+            return Engine.open(config, workdir, reporter, self)
+        methods.check(config, model.config)
+        _check_batches(config, self.mesh)
+        _check_lengths(config, model, splits)
+        folder = RunFolder(workdir, config, _made_from(config, model, splits), self.folder)
+        return dataclasses.replace(
+            self,
+            config=config,
+            model=model,
+            splits=splits,
+            part=methods.part_of(config, model.config),
             folder=folder,
             checkpoints=Checkpoints(folder.path / "checkpoints"),
             log=MetricsLog(folder),
@@ -117,34 +174,36 @@ class Engine:
 
     @cached_property
     def frozen(self) -> Params:
-        """The base that adapters stand beside, in the dtype of the computation; {} without them."""
-        if self.lora is None:
+        """The model as it came in, where something stands beside it or refers to it; else {}.
+
+        In the dtype of the computation.
+        """
+        method = methods.find(self.config.method)
+        if self.part is None and not method.refers(self.config.baseline):
             return {}
         shardings = param_shardings(abstract_params(self.model.config), self.mesh)
         return self.model.load_params(shardings, self.config.model.dtype)
 
     def abstract_trained(self) -> Params:
-        """Shapes, dtypes and shardings of what is trained: all parameters, or the adapters."""
-        config = self.model.config
-        shapes = (
-            adapters.abstract_adapters(config, self.lora) if self.lora else abstract_params(config)
-        )
-        return abstract_on(self.mesh, shapes)
+        """Shapes, dtypes and shardings of what is trained: all parameters, or a part."""
+        return abstract_on(self.mesh, abstract_part(self.model.config, self.part))
 
     def start(self) -> Params:
         """What is trained, as it is before training."""
-        if self.lora is None:
+        if self.part is None:
             return self.load_model(self.model)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_trained())
+        if isinstance(self.part, Selection):
+            return jax.jit(self.part.take, out_shardings=shardings)(self.load_model(self.model))
         path = self.config.lora.path
         if path:
-            return adapters.load_adapters(resolve(path), self.model.config, self.lora, shardings)
-        fresh = adapters.init_adapters(self.model.config, self.lora, self.key("adapters"))
+            return adapters.load_adapters(resolve(path), self.model.config, self.part, shardings)
+        fresh = adapters.init_adapters(self.model.config, self.part, self.key("adapters"))
         return jax.device_put(fresh, shardings)
 
     def assemble(self, trained: Params) -> Params:
         """The model that the sampler and the scorer take, from what is trained."""
-        return adapters.assemble(self.lora, self.frozen, trained)
+        return assemble(self.part, self.frozen, trained)
 
     def sample_rows(
         self,
@@ -206,8 +265,17 @@ class Engine:
         params: Params,
         splits: Mapping[str, Sequence[Example]],
         model: ReasoningModel | None = None,
+        prefill: str = "",
     ) -> tuple[list[Row], Scores]:
         """Greedy generations on the splits "forget", "retain" and "reasoning", judged.
+
+        Args:
+          part: where partial results are kept; see `RunFolder.in_parts`.
+          title: of the bar.
+          params: from `assemble`.
+          splits: the questions, by role.
+          model: whose shape and format; the run's own by default.
+          prefill: how completions begin; see `evals.attacks`.
 
         Returns:
           One row per question, and the scores.
@@ -223,7 +291,7 @@ class Engine:
         def work(missing: list[int]) -> Iterator[tuple[int, list[Row]]]:
             asked = [questions[i] for i in missing]
             limit = self.config.eval.max_new_tokens
-            for i, row in evaluate.judged(sampler, model.format, decoding, asked, limit):
+            for i, row in evaluate.judged(sampler, model.format, decoding, asked, limit, prefill):
                 yield missing[i], [row]
 
         with self.reporter.bar(title, len(questions)) as bar:
@@ -238,13 +306,11 @@ class Engine:
         return rows, evaluate.scores(rows, self.splits.words)
 
 
-def _sampler(
-    name: str, config: Config, model: ReasoningModel, mesh: Mesh, lora: Lora | None
-) -> Sampler:
+def _sampler(name: str, config: Config, model: ReasoningModel, mesh: Mesh, part: Part) -> Sampler:
     """The sampler of config.sampling or config.eval; raises UserError where it does not fit."""
     settings, decoding = getattr(config, name), compute_of(config.model, decoding=True)
     trained = abstract_params(model.config)
-    dtype = config.model.dtype if lora else "float32"
+    dtype = config.model.dtype if isinstance(part, Lora) else "float32"
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), trained)
     planned = fitting_rows(
         f"config.{name}.rows = {settings.rows}",
@@ -265,6 +331,16 @@ def _sampler(
         config.sampling.chunk,
         config.sampling.int8_cache,
     )
+
+
+def _made_from(config: Config, model: ReasoningModel, splits: Splits) -> str:
+    """Changes when the model, the adapters or the data that a run starts from do."""
+    data = {name: [example_row(e) for e in rows] for name, rows in splits.named()}
+    digest = zlib.crc32(json.dumps(data, sort_keys=True).encode())
+    made_from = f"{model.fingerprint()}:{digest:08x}"
+    if config.lora.path:
+        made_from += f":{fingerprint(resolve(config.lora.path))}"
+    return made_from
 
 
 def _check_batches(config: Config, mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 """Rollouts and counterfactuals to preference pairs, and pairs to batches."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from cipo_jax.config import TrainConfig
 from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
 from cipo_jax.data.examples import Example, states
+from cipo_jax.data.think import ThinkFormat
 from cipo_jax.sampling.sampler import Request, rules_of_settings
 from cipo_jax.training.step import Batch
 from cipo_jax.typing import Params
@@ -113,8 +115,9 @@ def with_reference_logps(
     ]
 
 
-def _encoded(engine: Engine, examples: Sequence[Example]) -> list[Encoded]:
-    format = engine.model.format
+# Every phase asks for the same, of every run beside this one too.
+@functools.lru_cache(maxsize=4)
+def _encoded(format: ThinkFormat, examples: tuple[Example, ...]) -> list[Encoded]:
     return [
         Encoded(format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer))
         for e in examples
@@ -124,17 +127,23 @@ def _encoded(engine: Engine, examples: Sequence[Example]) -> list[Encoded]:
 def retained_batches(
     engine: Engine, settings: TrainConfig, phase: int
 ) -> Callable[[int], dict[str, Any]]:
-    """Batches of what is to be kept: facts and reasoning, whichever there are."""
+    """Batches of what is to be kept: facts and reasoning, whichever there are.
+
+    Args:
+      engine: of the run.
+      settings: batch sizes.
+      phase: number of the phase, which decides the order.
+    """
     groups = {
         "retain": (engine.splits.retain, settings.retain_batch),
         "reasoning": (engine.splits.reasoning, settings.reasoning_batch),
     }
     streams = {}
     for number, (name, (examples, size)) in enumerate(groups.items()):
-        if not examples or not engine.config.cipo.retain_weight:
+        if not examples:
             continue
-        rows = _encoded(engine, examples)
-        order = shuffled_batches(len(rows), size, _seed(engine, phase, 1 + number))
+        rows = _encoded(engine.model.format, examples)
+        order = shuffled_batches(len(rows), size, phase_seed(engine, phase, 1 + number))
         streams[name] = (rows, shape_of(rows), order)
 
     def at(step: int) -> dict[str, Any]:
@@ -146,7 +155,14 @@ def retained_batches(
     return at
 
 
-def _seed(engine: Engine, phase: int, stream: int) -> int:
+def _kept(engine: Engine, settings: TrainConfig, phase: int) -> Callable[[int], dict[str, Any]]:
+    """`retained_batches`, or nothing where CiPO gives them no weight."""
+    if not engine.config.cipo.retain_weight:
+        return lambda step: {}
+    return retained_batches(engine, settings, phase)
+
+
+def phase_seed(engine: Engine, phase: int, stream: int) -> int:
     """A seed for one stream of one phase, as a function of the run's seed alone."""
     return int(np.random.SeedSequence((engine.config.seed, phase, stream)).generate_state(1)[0])
 
@@ -162,14 +178,14 @@ def warmup_batches(
     ]
     shape, order = (
         pair_shape(engine),
-        shuffled_batches(len(rows), settings.batch, _seed(engine, 0, 0)),
+        shuffled_batches(len(rows), settings.batch, phase_seed(engine, 0, 0)),
     )
-    retained = retained_batches(engine, settings, 0)
+    retained = _kept(engine, settings, 0)
 
     def at(step: int) -> Batch:
         return {"chosen": collate([rows[i] for i in order(step)], shape)} | retained(step)
 
-    return at, _steps(settings, len(rows))
+    return at, steps_of(settings, len(rows))
 
 
 def pair_batches(
@@ -182,8 +198,8 @@ def pair_batches(
     chosen = [Encoded(p, pair["chosen_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
     rejected = [Encoded(p, pair["rejected_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
     shape = pair_shape(engine)
-    order = shuffled_batches(len(pairs), settings.batch, _seed(engine, iteration, 0))
-    retained = retained_batches(engine, settings, iteration)
+    order = shuffled_batches(len(pairs), settings.batch, phase_seed(engine, iteration, 0))
+    retained = _kept(engine, settings, iteration)
 
     def at(step: int) -> Batch:
         picked = order(step)
@@ -195,8 +211,8 @@ def pair_batches(
             batch["ref"] = np.array([[pairs[i][k] for k in keys] for i in picked], np.float32)
         return batch | retained(step)
 
-    return at, _steps(settings, len(pairs))
+    return at, steps_of(settings, len(pairs))
 
 
-def _steps(settings: TrainConfig, rows: int) -> int:
+def steps_of(settings: TrainConfig, rows: int) -> int:
     return max(int(-(-settings.epochs * rows // settings.batch)), 1) if settings.epochs else 0

@@ -7,22 +7,28 @@ started again repeats at most the batch or the steps it was in, and draws the sa
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from cipo_jax.config import flatten
 from cipo_jax.data.examples import read_jsonl, write_jsonl, write_text
 from cipo_jax.errors import Preempted, UserError
 
 Row = dict[str, Any]
+
+_CLOCK_S = 1.0  # between two times that the clock is saved
+
+# The folders that this process has taken, by path.
+_CLAIMS: dict[str, IO[str]] = {}
 
 
 def to_json(value: Any) -> str:
@@ -33,13 +39,17 @@ def to_json(value: Any) -> str:
 class RunFolder:
     """One run's folder, its stages and its clock."""
 
-    def __init__(self, path: str | Path, config: Any, fingerprint: str):
+    def __init__(
+        self, path: str | Path, config: Any, fingerprint: str, parent: "RunFolder | None" = None
+    ):
         """Opens or makes the folder.
 
         Args:
           path: the folder (``--workdir``).
           config: the run's frozen config, written to config.json.
           fingerprint: of the model and the data that the run starts from.
+          parent: the folder of a run that this one belongs to: who is asked to stop there stops
+            here.
 
         Raises:
           UserError: where the folder holds a run of another config, model or data.
@@ -51,14 +61,14 @@ class RunFolder:
         self._same_config(dataclasses.asdict(config))
         self._stages: dict[str, Row] = {}
         self._partial: dict[str, float] = {}
-        if (self.path / "stages.json").exists():
-            saved = json.loads((self.path / "stages.json").read_text(encoding="utf-8"))
-            self._stages, self._partial = saved["stages"], saved["unfinished_seconds"]
+        self._read()
+        self._held = False
         self._chain = hashlib.sha256(
             (fingerprint + json.dumps(dataclasses.asdict(config), sort_keys=True)).encode()
         ).hexdigest()[:16]
         self._stage, self._since = "", time.monotonic()
-        self._stop = False
+        self._met: set[str] = set()
+        self._stop: list[int] = parent._stop if parent else []  # Signals that asked for it.
 
     def _same_config(self, config: Row) -> None:
         path = self.path / "config.json"
@@ -92,16 +102,27 @@ class RunFolder:
         Raises:
           UserError: where the stage was made from another model, data or config.
         """
+        if name in self._met:  # Asked for again, by another user of what it made.
+            return self._stages[name]["result"]
         self._chain = hashlib.sha256(f"{self._chain}/{name}".encode()).hexdigest()[:16]
-        chain, record = self._chain, self._stages.get(name)
+        chain = self._chain
+        if not self._has(name, chain, outputs):
+            with self.alone():
+                if not self._has(name, chain, outputs):  # Nor has another process made it.
+                    self._make(name, chain, make)
+        self._met.add(name)
+        return self._stages[name]["result"]
+
+    def _has(self, name: str, chain: str, outputs: Sequence[str]) -> bool:
+        record = self._stages.get(name)
         if record is not None and record["fingerprint"] != chain:
             raise UserError(
                 f"{self.path / 'stages.json'}: stage {name} was made from other inputs: the model "
                 "or the data has changed since; choose another --workdir"
             )
-        whole = all((self.path / output).exists() for output in outputs)
-        if record is not None and whole:
-            return record["result"]
+        return record is not None and all((self.path / output).exists() for output in outputs)
+
+    def _make(self, name: str, chain: str, make: Callable[[], Row | None]) -> None:
         self._stage, self._since = name, time.monotonic()
         result = make() or {}
         self.tick()
@@ -112,11 +133,61 @@ class RunFolder:
         shutil.rmtree(self.path / ".parts" / chain, ignore_errors=True)
         with contextlib.suppress(OSError):  # Another stage's parts are still there, or none were.
             (self.path / ".parts").rmdir()
-        return result
+
+    def claim(self) -> None:
+        """Takes the folder for this process until it ends.
+
+        Raises:
+          UserError: where another process is at work in it.
+        """
+        key = str(self.path.resolve())
+        if key in _CLAIMS:
+            return
+        file = (self.path / ".claim").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"--workdir={self.path}: another process is at work there; wait for it, or choose "
+                "another folder"
+            ) from None
+        except OSError:  # A file system that cannot lock.
+            pass
+        _CLAIMS[key] = file
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from making a stage of this folder; waits for one that does."""
+        if self._held:
+            yield
+            return
+        with (self.path / ".lock").open("a") as file:
+            # Not every file system can lock, and not every run has company.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self._held = True
+            self._read()
+            try:
+                yield
+            finally:
+                self._held = False
+
+    def _read(self) -> None:
+        """Takes in what other processes have entered."""
+        if (self.path / "stages.json").exists():
+            saved = json.loads((self.path / "stages.json").read_text(encoding="utf-8"))
+            self._stages = saved["stages"] | self._stages
+            self._partial = saved["unfinished_seconds"] | self._partial
 
     def result(self, name: str) -> Row:
         """What a stage that has happened was entered with."""
         return self._stages[name]["result"]
+
+    @property
+    def stages(self) -> dict[str, Row]:
+        """The entries of all stages that have happened."""
+        return self._stages
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage, over all processes that worked on it."""
@@ -185,7 +256,9 @@ class RunFolder:
                 part = json.dumps({"item": item, "rows": rows}, ensure_ascii=False)
                 file.write(part.encode() + b"\n")
                 file.flush()
-                self.saved()
+                # The clock alone: a synced file for every completion would take longer than it.
+                if time.monotonic() - self._since >= _CLOCK_S:
+                    self.saved()
                 made[item] = rows
                 on_part(rows, False)
                 self.stop_if_asked()
@@ -213,7 +286,7 @@ class RunFolder:
 
         def handle(number: int, frame: FrameType | None) -> None:
             del frame
-            self._stop = True
+            self._stop.append(number)
             signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -221,13 +294,19 @@ class RunFolder:
 
     @property
     def stop_asked(self) -> bool:
-        return self._stop
+        return bool(self._stop)
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked for it first."""
+        return self._stop[0] if self._stop else None
 
     def stop_if_asked(self) -> None:
         """Raises Preempted if the process was asked to stop; what is done so far is saved."""
-        if self._stop:
+        if self.stop_asked:
             self.saved()
-            raise Preempted(f"stopped on request in stage {self._stage}; {self.resume_hint()}")
+            where = f" in stage {self._stage}" if self._stage else ""
+            raise Preempted(f"stopped on request{where}; {self.resume_hint()}")
 
     def resume_hint(self) -> str:
         return f"run the same command again to go on (run folder: {self.path})"
@@ -266,9 +345,20 @@ class MetricsLog:
         for name, value in values.items():
             self._writer.add_scalar(f"{phase.split('-')[0]}/{name}", value, step)
 
+    def last(self, phase: str) -> dict[str, Any]:
+        """What was logged of the last step of a phase that has ended."""
+        rows = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return [row for row in rows if row["phase"] == phase][-1]
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def restart_peak_memory() -> None:
+    """Has `peak_memory_bytes` count from now on, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
@@ -280,5 +370,9 @@ def peak_memory_bytes() -> int:
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     if all(p is not None for p in peaks):
         return int(sum(p for p in peaks if p is not None))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,8 +1,8 @@
 import pytest
 
 from cipo_jax.data.examples import Example
-from cipo_jax.unlearning.cipo import best_of, clean_rounds, utility
 from cipo_jax.unlearning.counterfactuals import text_faults
+from cipo_jax.unlearning.run import best_of, clean_rounds, utility
 
 
 def _record(iteration, leak, utility, goal=0.0):
@@ -24,6 +24,21 @@ def _record(iteration, leak, utility, goal=0.0):
 )
 def test_best_of(records, best):
     rows = [_record(i, leak, merit) for i, (leak, merit) in enumerate(records, 1)]
+    assert best_of(rows)["iteration"] == best
+    assert best_of(rows[::-1])["iteration"] == best
+
+
+@pytest.mark.parametrize(
+    ("records", "best"),
+    [
+        ([(0.0, 0.9), (0.02, 0.95)], 2),  # 0.947 and 0.965
+        ([(0.0, 0.9), (0.05, 0.9)], 1),
+        ([(0.01, 0.06), (0.03, 0.88)], 2),  # A ruin is no better for leaking less.
+        ([(1.0, 1.0), (0.4, 0.2)], 2),
+    ],
+)
+def test_where_some_leak_is_allowed_it_is_weighed_against_utility(records, best):
+    rows = [_record(i, *record, goal=1.0) for i, record in enumerate(records, 1)]
     assert best_of(rows)["iteration"] == best
     assert best_of(rows[::-1])["iteration"] == best
 

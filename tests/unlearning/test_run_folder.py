@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,56 @@ class _Stage:
         if self.output:
             self.folder.write_json(self.output, self.made)
         return {"made": self.made}
+
+
+def test_a_folder_belongs_to_one_process(open_folder, monkeypatch):
+    folder = open_folder()
+    folder.claim()
+    open_folder().claim()  # Of this very process.
+    # As another process, which has no claims yet, sees it.
+    monkeypatch.setattr(run_folder, "_CLAIMS", {})
+    with pytest.raises(UserError, match="another process is at work there; wait for it, or choose"):
+        folder.claim()
+
+
+def test_a_stage_that_another_process_made_meanwhile_is_taken_over(open_folder):
+    late, early = open_folder(), open_folder()
+    stage = _Stage(early, "out.json")
+    assert early.once("a", stage, ["out.json"]) == {"made": 1}
+    assert late.once("a", stage, ["out.json"]) == {"made": 1}
+    assert stage.made == 1
+    # What each enters is kept with what the other did.
+    late.once("b", _Stage(late))
+    early.once("b", _Stage(early))
+    assert open_folder().stages.keys() == {"a", "b"}
+
+
+def test_who_wants_a_stage_waits_for_who_makes_it(open_folder):
+    """Two threads, since a lock is of an open file, not of a process."""
+    first, second, order = open_folder(), open_folder(), []
+    making, may_end = threading.Event(), threading.Event()
+
+    def slow():
+        making.set()
+        may_end.wait(10)
+        order.append("made")
+        return {"made": 1}
+
+    def other():
+        assert second.once("a", _Stage(second)) == {"made": 1}
+        order.append("taken")
+
+    one = threading.Thread(target=first.once, args=("a", slow))
+    one.start()
+    making.wait(10)
+    two = threading.Thread(target=other)
+    two.start()
+    two.join(0.3)
+    assert two.is_alive() and order == []
+    may_end.set()
+    one.join(10)
+    two.join(10)
+    assert order == ["made", "taken"]
 
 
 def test_a_stage_happens_once(open_folder):

@@ -1,0 +1,220 @@
+"""A comparison as a Markdown table, a plot and a table on the terminal."""
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+
+from cipo_jax.config import Config
+from cipo_jax.data.examples import write_text
+from cipo_jax.unlearning.compare import MEASURES
+from cipo_jax.unlearning.run_folder import Row
+
+_PERCENT = {
+    "cot_leak", "answer_leak", "zero_leak", "less_leak", "think_completion", "retain", "reasoning",
+}  # fmt: skip
+_DIGITS = {"ks": 3, "kl": 3, "steps": 0, "seconds": 0, "peak_gib": 2}
+_ARROWS = {True: " ↑", False: " ↓", None: ""}
+
+
+def budget_line(config: Config, result: Row) -> str:
+    """How every row was tuned, in a sentence."""
+    seeds, tried = result["budget"]["seeds"], collections.defaultdict(list)
+    for name, lrs in result["budget"]["lrs"].items():
+        tried[tuple(lrs)].append(name)
+    # Most rows first, by no name; those with rates of their own after them.
+    (common, _), *others = sorted(tried.items(), key=lambda item: -len(item[1]))
+    tuned = f"learning rate {common[0]:g}"
+    if len(common) > 1:
+        tuned = f"learning rate chosen by validation with seed 0 among {_listed(common)}"
+    own = [f"{', '.join(names)}: {_listed(lrs)}" for lrs, names in others]
+    tuned += f" ({'; '.join(own)})" if own else ""
+    epochs = f"{config.train.epochs:g}"
+    return (
+        f"Every row: {tuned}; at most {config.baseline.rounds} rounds of {epochs} epochs (CiPO: "
+        f"{config.cipo.iterations} iterations of as many after a warm-up of "
+        f"{config.warmup.epochs:g}), of which validation keeps one; mean ± standard deviation over "
+        f"{seeds} seeds."
+    )
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{x:g}" for x in numbers)
+
+
+def _cell(key: str, measure: Row | None) -> str:
+    if measure is None:
+        return "–"
+    scale, digits = (100, 1) if key in _PERCENT else (1, _DIGITS[key])
+    text = f"{scale * measure['mean']:.{digits}f}"
+    if len(measure["values"]) > 1 and key not in ("seconds", "peak_gib"):
+        text += f" ± {scale * measure['std']:.{digits}f}"
+    return text
+
+
+def _single(scores: Row) -> Row:
+    return {key: {"mean": value, "values": [value]} for key, value in scores.items()}
+
+
+def _rows(result: Row) -> list[tuple[str, Row, float | None]]:
+    """Name, measures and learning rate of each row of the table."""
+    rows: list[tuple[str, Row, float | None]] = [("before", _single(result["before"]), None)]
+    seeds = result["budget"]["seeds"]
+    for row in result["rows"]:
+        lost = row.get("diverged", 0)
+        note = f" ({seeds - lost} of {seeds} seeds; the others diverged)" if lost else ""
+        rows.append((row["name"] + note, row["measures"], row["lr"]))
+    return rows
+
+
+def _shown(result: Row) -> list[tuple[str, str]]:
+    """Key and heading of the measures that any row has."""
+    rows = [measures for _, measures, _ in _rows(result)]
+    return [
+        (key, heading + _ARROWS[better])
+        for key, heading, better in MEASURES
+        if any(key in measures for measures in rows)
+    ]
+
+
+def markdown(result: Row, config: Config) -> str:
+    """The table, the budget and what n is."""
+    shown = _shown(result)
+    lines = [
+        f"| method | {' | '.join(heading for _, heading in shown)} | lr |",
+        "|---|" + "--:|" * (len(shown) + 1),
+    ]
+    for name, measures, lr in _rows(result):
+        cells = [_cell(key, measures.get(key)) for key, _ in shown]
+        cell = name.replace("|", "\\|")
+        lines.append(f"| {cell} | {' | '.join(cells)} | {'–' if lr is None else f'{lr:g}'} |")
+    own = [" ".join(line.split()) for line in config.compare.own.splitlines() if line.strip()]
+    if own:
+        own = [f"Settings of single rows: {'; '.join(own)}."]
+    n = ", ".join(f"{count} {split}" for split, count in result["n"].items())
+    return "\n".join([*lines, "", budget_line(config, result), *own, f"n: {n} questions."]) + "\n"
+
+
+def write_comparison(result: Row, config: Config, folder: Path) -> list[Path]:
+    """Writes comparison.md and, with matplotlib, comparison.png; returns what there is to read."""
+    write_text(folder / "comparison.md", markdown(result, config))
+    written = [folder / "comparison.json", folder / "comparison.md"]
+    try:
+        draw(result, folder / "comparison.png")
+        written.append(folder / "comparison.png")
+    except ImportError:
+        print("no comparison.png: pip install matplotlib (or this package's extra: plots)")
+    return written
+
+
+def merit(measures: Row) -> tuple[float, float, float, float]:
+    """(leak, its deviation, utility, its deviation) in percent.
+
+    Leak is the greatest of CoT, answer and both attacks, utility the harmonic mean of retain and
+    reasoning accuracy; of each seed, then averaged.
+    """
+    import numpy as np
+
+    leaks = [measures[k]["values"] for k in ("cot_leak", "answer_leak", "zero_leak", "less_leak")]
+    leak = 100 * np.max(np.array(leaks), axis=0)
+    kept = 100 * np.array([measures[k]["values"] for k in ("retain", "reasoning")])
+    utility = 2 * kept[0] * kept[1] / np.maximum(kept[0] + kept[1], 1e-9)
+    freedom = 1 if len(leak) > 1 else 0  # As in the table: of a sample.
+    return (
+        float(leak.mean()),
+        float(leak.std(ddof=freedom)),
+        float(utility.mean()),
+        float(utility.std(ddof=freedom)),
+    )
+
+
+def draw(result: Row, path: Path) -> None:
+    """Forgetting against utility, one point a method, error bars of a standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    # The whole, and the corner where those are that forget and keep.
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6.2), dpi=120)
+    points = [(name, merit(measures)) for name, measures, _ in _rows(result) if measures]
+    colours = [*plt.get_cmap("tab20").colors, *plt.get_cmap("Dark2").colors]  # type: ignore
+    for axes, corner in zip(panels, (False, True), strict=True):
+        for i, (name, (leak, leak_std, utility, utility_std)) in enumerate(points):
+            ours = name.startswith("cipo") or name == "retrain"
+            axes.errorbar(
+                leak,
+                utility,
+                xerr=leak_std,
+                yerr=utility_std,
+                fmt="*" if ours else "os^Dv"[i % 5],
+                markersize=13 if ours else 7,
+                color="black" if name in ("before", "retrain") else colours[i % len(colours)],
+                capsize=2,
+                label=name,
+            )
+        axes.set_xlabel("greatest leak: CoT, answer, ZeroThink, LessThink (%), lower is better")
+        axes.set_xlim(*((-1, 21) if corner else (-4, 104)))
+        axes.set_ylim(*((69, 101.5) if corner else (-4, 104)))
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("harmonic mean of retain and reasoning accuracy (%)")
+    panels[1].set_title("the corner at the upper left", fontsize=9)
+    panels[1].legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# What fits on a terminal: measures that are shown, under short headings.
+_NARROW = {
+    "cot_leak": "CoT", "answer_leak": "answer", "zero_leak": "Zero", "less_leak": "Less",
+    "think_completion": "closed", "retain": "retain", "reasoning": "reason", "ks": "KS p",
+    "kl": "KL", "seconds": "s",
+}  # fmt: skip
+
+
+def print_comparison(result: Row, config: Config) -> None:
+    """Prints the means to the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = [key for key, _ in _shown(result) if key in _NARROW]
+    table = Table(title="Leaks in %, lower is better; the rest in %, higher is better")
+    table.add_column("method", no_wrap=True)
+    for key in shown:
+        table.add_column(_NARROW[key], justify="right", no_wrap=True)
+    for name, measures, _ in _rows(result):
+        means = {k: m | {"values": []} for k, m in measures.items()}
+        table.add_row(escape(name), *(_cell(key, means.get(key)) for key in shown))
+    console = Console()
+    console.width = max(console.width, 24 + 9 * len(shown))  # A cut number would be no number.
+    console.print(table)
+    print(budget_line(config, result))
+
+
+def print_sequence(result: Row) -> None:
+    """Prints a line a request: leak of all so far, of this one, retain and reasoning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Requests one after another")
+    headings = ("forgotten", "CoT leak of all ↓", "answer leak of all ↓", "leak of this one ↓")
+    for heading in (*headings, "retain ↑", "reasoning ↑"):
+        table.add_column(heading, justify="right")
+    before = result["before"]
+    counted = [("0", before, "")]
+    people = 0
+    for request in result["requests"]:
+        people += len(request["people"])
+        counted.append((str(people), request["all"], f"{100 * request['own']['leak']:.1f} %"))
+    for forgotten, scores, own in counted:
+        values = (
+            scores["forget"]["cot_leak"],
+            scores["forget"]["answer_leak"],
+            own,
+            scores["retain"]["accuracy"],
+            scores["reasoning"]["accuracy"],
+        )
+        cells = [v if isinstance(v, str) else f"{100 * v:.1f} %" for v in values]
+        table.add_row(forgotten, *cells)
+    Console().print(table)

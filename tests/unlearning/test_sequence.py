@@ -1,0 +1,246 @@
+"""Requests one after another: who is named, who is still retained, and a little sequence whole."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
+from cipo_jax.data.splits import load_splits
+from cipo_jax.data.tiny_world import World
+from cipo_jax.errors import UserError
+from cipo_jax.models.hub import resolve
+from cipo_jax.progress import Reporter
+from cipo_jax.unlearning.sequence import requests_of, unlearn_in_sequence
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def names():
+    return [p.name for p in World.load(resolve("asset:tiny_lrm/world.json")).people]
+
+
+def config_of(requests=10, people=5, seed=7, **forget):
+    return Config(
+        sequence=SequenceConfig(requests=requests, people=people),
+        forget=ForgetConfig(seed=seed, **forget),
+    )
+
+
+# ---- who is named
+
+
+@pytest.mark.parametrize(("requests", "people"), [(10, 5), (1, 1), (3, 20), (63, 1), (1, 63)])
+def test_requests_name_everybody_once_at_most(names, requests, people):
+    found = requests_of(config_of(requests, people))
+    assert [len(r) for r in found] == [people] * requests
+    everybody = [name for request in found for name in request]
+    assert len(set(everybody)) == len(everybody)
+    assert set(everybody) < set(names)
+
+
+def test_the_seed_decides_who_is_named_and_nothing_else_does():
+    first = requests_of(config_of(4, 3, seed=1))
+    assert requests_of(config_of(4, 3, seed=1, count=2, earlier="Ada Brandt")) == first
+    assert requests_of(config_of(4, 3, seed=2)) != first
+    # More requests begin with the same ones.
+    assert requests_of(config_of(9, 3, seed=1))[:4] == first
+
+
+@pytest.mark.parametrize(("requests", "people"), [(64, 1), (13, 5), (1, 64), (2, 100)])
+def test_somebody_has_to_be_left(requests, people):
+    with pytest.raises(UserError) as error:
+        requests_of(config_of(requests, people))
+    assert str(error.value) == (
+        f"config.sequence: {requests} requests of {people} people leave nobody of 64"
+    )
+
+
+def test_without_a_world_nobody_can_be_named():
+    bare = dataclasses.replace(config_of(), data=DataConfig(world=""))
+    with pytest.raises(UserError, match=r"config\.data\.world is empty"):
+        requests_of(bare)
+
+
+def test_adapters_are_not_added_once_more_by_each_request(tmp_path):
+    lora = LoraConfig(rank=2, path="adapter")
+    with pytest.raises(UserError, match=r"config\.lora\.path: each request would add"):
+        unlearn_in_sequence(dataclasses.replace(config_of(), lora=lora), str(tmp_path), Reporter())
+
+
+# ---- who was forgotten earlier
+
+
+def asked_about(examples):
+    """The people that questions are about."""
+    return {e.group.split(", ")[0] for e in examples if e.group}
+
+
+def splits_of(people, earlier=""):
+    return load_splits(Config(forget=ForgetConfig(people=people, earlier=earlier)))
+
+
+def test_who_was_forgotten_earlier_is_neither_retained_nor_forgotten(names):
+    now, gone = names[3], names[10:13]
+    plain, after = splits_of(now), splits_of(now, f" {gone[0]},{gone[1]} , {gone[2]},")
+    for split in ("forget", "forget_valid", "forget_eval"):
+        assert getattr(after, split) == getattr(plain, split)
+        assert asked_about(getattr(after, split)) == {now}
+    others = set(names) - {now}
+    for split in ("retain", "retain_valid", "retain_eval"):
+        assert asked_about(getattr(plain, split)) == others
+        assert asked_about(getattr(after, split)) == others - set(gone)
+        # Nothing else of the split is gone.
+        left = [e for e in getattr(plain, split) if e.group.split(", ")[0] not in gone]
+        kept = {e.question for e in getattr(after, split)}
+        if split == "retain":
+            assert kept == {e.question for e in left}
+    assert after.forgotten_people == {now}
+    assert after.reasoning == plain.reasoning
+    assert after.words == plain.words
+
+
+def test_nobody_is_forgotten_twice(names):
+    with pytest.raises(UserError) as error:
+        splits_of(f"{names[0]}, {names[1]}", f"{names[5]}, {names[1]}")
+    said = f"config.forget.earlier: {names[1]!r} is also to be forgotten now"
+    assert str(error.value) == said
+
+
+def test_who_was_forgotten_earlier_has_to_exist_and_leave_somebody(names):
+    with pytest.raises(UserError, match="nobody is called 'Nobody Atall'"):
+        splits_of(names[0], "Nobody Atall")
+    with pytest.raises(UserError, match=r"config\.forget\.earlier: nobody is left"):
+        splits_of(names[0], ", ".join(names[1:]))
+    assert asked_about(splits_of(names[0], ", ".join(names[2:])).retain) == {names[1]}
+
+
+# ---- two requests of one person
+
+
+SMALL = (
+    "--config.method=grad_diff",
+    "--config.sequence.requests=2",
+    "--config.sequence.people=1",
+    "--config.baseline.rounds=1",
+    "--config.train.epochs=1",
+    "--config.data.valid_rows=4",
+    "--config.data.eval_rows=8",
+    "--config.sampling.rows=16",
+    "--config.eval.rows=16",
+    "--config.train.batch=8",
+    "--config.train.retain_batch=4",
+    "--config.train.reasoning_batch=4",
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    clean = {k: v for k, v in os.environ.items() if k not in names}
+    return clean | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def start(environment):
+    def start(workdir, *extra):
+        flags = ["--config=configs/tiny_sequential.py", f"--workdir={workdir}", *SMALL, *extra]
+        return subprocess.run(
+            [sys.executable, "-m", "cipo_jax", "sequential", *flags],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sequence") / "run"
+    done = start(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_each_request_goes_on_from_the_model_that_the_last_one_left(whole):
+    workdir, _ = whole
+    one, two = (read(workdir / f"request-{i:02d}" / "config.json") for i in (1, 2))
+    first, second = requests_of(config_of(2, 1))
+    assert one["model"]["path"] == "asset:tiny_lrm/target"
+    assert two["model"]["path"] == str(workdir / "request-01" / "export")
+    assert (one["forget"]["people"], one["forget"]["earlier"]) == (first[0], "")
+    assert (two["forget"]["people"], two["forget"]["earlier"]) == (second[0], first[0])
+    assert one["model"]["retrained"] == two["model"]["retrained"] == ""
+    start, left, end = (
+        (path / "model.safetensors").read_bytes()
+        for path in (
+            Path(resolve("asset:tiny_lrm/target")),
+            workdir / "request-01" / "export",
+            workdir / "request-02" / "export",
+        )
+    )
+    assert start != left != end
+
+
+@pytest.mark.slow
+def test_after_each_request_everybody_so_far_is_asked_about(whole):
+    workdir, done = whole
+    result = read(workdir / "sequence.json")
+    assert [tuple(r["people"]) for r in result["requests"]] == requests_of(config_of(2, 1))
+    so_far = []
+    for number, request in enumerate(result["requests"], 1):
+        so_far += request["people"]
+        rows = [json.loads(r) for r in (workdir / f"request-{number:02d}/evals/all.jsonl").open()]
+        forget = [r for r in rows if r["split"] == "forget"]
+        named = {n for n in so_far for r in forget if n in r["question"]}
+        assert named == set(so_far)
+        assert not [r for r in rows if r["split"] == "retain" and any(
+            name in r["question"] for name in so_far)]  # fmt: skip
+        leaks = [bool(r["cot_leaks"]) for r in forget]
+        assert request["all"]["forget"]["cot_leak"] == pytest.approx(sum(leaks) / len(leaks))
+        own = [r for r in forget if request["people"][0] in r["question"]]
+        leaks = [bool(r["cot_leaks"] or r["answer_leaks"]) for r in own]
+        assert request["own"]["leak"] == pytest.approx(sum(leaks) / len(leaks))
+        assert set(request["all"]) == {"forget", "retain", "reasoning"}
+    assert result["before"]["forget"]["cot_leak"] >= 0.9
+    assert "Requests one after another" in done.stdout and str(workdir) in done.stdout
+
+
+@pytest.mark.slow
+def test_a_finished_sequence_started_again_changes_nothing(whole, start):
+    workdir, _ = whole
+    kept = {p: p.read_bytes() for p in workdir.rglob("*.json*") if p.is_file()}
+    again = start(workdir)
+    assert again.returncode == 0, again.stderr
+    assert [p for p, text in kept.items() if p.read_bytes() != text] == []
+    refused = start(workdir, "--config.sequence.requests=3")
+    assert refused.returncode == 2 and "sequence.requests: 2 there, 3 now" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_request_that_is_undone_comes_to_the_same(whole, start, tmp_path):
+    """As if the process had been killed in the middle of the second request."""
+    workdir, _ = whole
+    before = read(workdir / "sequence.json")
+    second = workdir / "request-02"
+    second.rename(tmp_path / "request-02")
+    (workdir / "sequence.json").unlink()
+    again = start(workdir)
+    assert again.returncode == 0, again.stderr
+    assert read(workdir / "sequence.json") == before
+    tensors = "export/model.safetensors"
+    assert (second / tensors).read_bytes() == (tmp_path / "request-02" / tensors).read_bytes()
