@@ -1,4 +1,4 @@
-"""Packaging of cipo_jax: ``pip install -e .`` (extras: test, tpu, cuda, eval)."""
+"""Packaging of cipo_jax: ``pip install -e .`` (extras: test, tpu, cuda, eval, plots)."""
 
 from pathlib import Path
 
@@ -32,14 +32,24 @@ setup(
         "orbax-checkpoint>=0.11.25",
         "rich>=13.7",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6",
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["beartype>=0.20", "hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3"],
+        "test": [
+            "beartype>=0.20",
+            "equinox>=0.13",
+            "hypothesis>=6.100",
+            "matplotlib>=3.8",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+        ],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "eval": ["rouge-score>=0.1.2", "scipy>=1.13"],
+        "eval": ["rouge-score>=0.1.2"],
+        "plots": ["matplotlib>=3.8"],
         "lint": ["pyright[nodejs]>=1.1.390", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["cipo = cipo_jax.__main__:main"]},
