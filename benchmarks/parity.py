@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from engines import Document
 from golden import make_decoder_golden as golden
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
@@ -26,8 +27,7 @@ from cipo_jax.models.hf_config import read_config
 from cipo_jax.models.safetensors_io import load_params
 from cipo_jax.sampling.decode import Rules, generate
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-BEGIN, END = "<!-- parity: begin -->\n", "<!-- parity: end -->\n"
+DOCUMENT = Document("models.md", "parity")
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -83,6 +83,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     arguments = parser.parse_args()
+    if arguments.write:
+        DOCUMENT.check(parser)
     try:
         import torch
         from transformers.utils import logging
@@ -95,10 +97,7 @@ def main():
         print(line, end="", flush=True)
         table.append(line)
     if arguments.write:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        before, rest = text.split(BEGIN)
-        after = rest.split(END)[1]
-        DOCUMENT.write_text(before + BEGIN + "".join(table) + END + after, encoding="utf-8")
+        DOCUMENT.put("".join(table))
 
 
 if __name__ == "__main__":

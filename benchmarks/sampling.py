@@ -49,24 +49,30 @@ Columns:
 """
 
 import argparse
-import contextlib
-import json
-import math
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
+from engines import (
+    Document,
+    Engine,
+    Failed,
+    Model,
+    add_arguments,
+    check_arguments,
+    compile_cell,
+    progress,
+    publish,
+    ratio_cell,
+    standing,
+    surroundings,
+    table,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "sampling.md"
-BEGIN, END = "<!-- sampling:begin -->\n", "<!-- sampling:end -->\n"
-TINY = ROOT / "cipo_jax" / "assets" / "tiny_lrm" / "target"
+DOCUMENT = Document("sampling.md", "sampling")
 PEERS = Path(__file__).with_name("sampling_peers.py")
 WHAT = {
     "a": "a: 1 x {0}",
@@ -76,7 +82,6 @@ WHAT = {
 }
 FULL = "full"  # the workload that c is measured by
 COPIED = 512 * 2**20
-PAUSE = 0.3  # seconds for another process's threads to go to sleep
 
 
 # ---- workloads
@@ -109,54 +114,26 @@ def workload(name, vocabulary, short):
 # ---- limits
 
 
-def count_weights(folder):
-    """Numbers in the files, and those of the embedding."""
-    total = embedding = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = math.prod(tensor["shape"])
-                total += size
-                embedding += size if "embed_tokens" in name else 0
-    if not total:
-        raise SystemExit(f"sampling: {folder}: has no safetensors")
-    return total, embedding
+def bytes_of(model, work):
+    """What the ideal schedule moves."""
+    rows = list(zip(map(len, work["prompts"]), work["lengths"], strict=True))
+    steps = max(work["lengths"])
+    slots = sum(p + work["samples"] * t for p, n in rows for t in range(1, n))
+    return 4 * (model.weights * steps + 2 * model.layers * model.kv_heads * model.head_dim * slots)
 
 
-class Model:
-    """The sizes that limits depend on."""
-
-    def __init__(self, folder):
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.vocabulary, self.d_model = fields["vocab_size"], fields["hidden_size"]
-        self.layers, self.heads = fields["num_hidden_layers"], fields["num_attention_heads"]
-        self.kv_heads = fields.get("num_key_value_heads") or self.heads
-        self.head_dim = fields.get("head_dim") or self.d_model // self.heads
-        self.all_weights, embedding = count_weights(folder)
-        tied = fields.get("tie_word_embeddings", False)
-        self.weights = self.all_weights - (0 if tied else embedding)
-
-    def bytes(self, work):
-        """What the ideal schedule moves."""
-        rows = list(zip(map(len, work["prompts"]), work["lengths"], strict=True))
-        steps = max(work["lengths"])
-        slots = sum(p + work["samples"] * t for p, n in rows for t in range(1, n))
-        return 4 * (self.weights * steps + 2 * self.layers * self.kv_heads * self.head_dim * slots)
-
-    def operations(self, work):
-        """Useful ones, of products of matrices."""
-        head = self.vocabulary * self.d_model
-        per_slot = 4 * self.layers * self.heads * self.head_dim
-        total = 0
-        for prompt, n in zip(map(len, work["prompts"]), work["lengths"], strict=True):
-            total += 2 * (prompt * (self.weights - head) + head)
-            total += per_slot * prompt * (prompt + 1) // 2
-            # Token t is drawn from what token t - 1 gives; the first from the prompt.
-            contexts = sum(prompt + t for t in range(1, n))
-            total += work["samples"] * (2 * self.weights * (n - 1) + per_slot * contexts)
-        return total
+def operations(model, work):
+    """Useful ones, of products of matrices."""
+    head = model.vocabulary * model.d_model
+    per_slot = 4 * model.layers * model.heads * model.head_dim
+    total = 0
+    for prompt, n in zip(map(len, work["prompts"]), work["lengths"], strict=True):
+        total += 2 * (prompt * (model.weights - head) + head)
+        total += per_slot * prompt * (prompt + 1) // 2
+        # Token t is drawn from what token t - 1 gives; the first from the prompt.
+        contexts = sum(prompt + t for t in range(1, n))
+        total += work["samples"] * (2 * model.weights * (n - 1) + per_slot * contexts)
+    return total
 
 
 def copy_bandwidth(threads):
@@ -176,109 +153,20 @@ def copy_bandwidth(threads):
     return 2 * COPIED / min(seconds[1:])
 
 
-# ---- engines
-
-
-class Failed(Exception):
-    pass
-
-
-class Engine:
-    """A process that runs workloads."""
-
-    def __init__(self, name, python, arguments):
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-        }
-        environment |= {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self._process = subprocess.Popen(
-            [
-                python,
-                str(PEERS),
-                name,
-                str(arguments.model),
-                str(arguments.threads),
-                str(arguments.rows),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
-
-    def listen(self):
-        line = self._process.stdout.readline()
-        told = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        if "error" in told:
-            self._errors.seek(0)
-            sys.stderr.write(self._errors.read()[-4000:])
-            raise Failed(told["error"])
-        return told
-
-    def _ask(self, question):
-        # Where it has ended there is nothing to hear, and `listen` says so.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        return self.listen()
-
-    def run(self, work, ids=False):
-        return self._ask(work | {"ids": ids})
-
-    def matmul(self):
-        """Operations per second of its library's products, measured anew."""
-        return self._ask("matmul")["matmul"]
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        self._errors.close()
-
-
-def progress(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def begin(names, arguments, failures):
-    """Starts one after another, since each measures its library's limit."""
-    engines, about = {}, {}
-    for name in names:
-        python = arguments.tunix_python if name == "tunix" else sys.executable
-        engine = Engine(name, python, arguments)
-        try:
-            about[name] = engine.listen()
-            engines[name] = engine
-            progress(f"{name}: {about[name]}")
-        except Failed as error:
-            failures.append(f"{name} could not start: {error}")
-            engine.close()
-        time.sleep(PAUSE)
-    return engines, about
+# ---- runs
 
 
 def measure(engines, works, repeats, failures):
     """(engine, workload) -> (answer while warming up, timed answers)."""
     found = {}
 
-    def attempt(engine, name, **how):
+    def attempt(engine, name, ids=False):
         try:
-            told = engine.run(works[name], **how)
+            told = engine.ask(works[name] | {"ids": ids})
         except Failed as error:
             failures.append(f"{engine.name} failed at {name}: {error}")
             found.pop((engine.name, name), None)
             return None
-        time.sleep(PAUSE)
         progress(f"{engine.name} {name}: {told['seconds']:.2f} s")
         return told
 
@@ -320,8 +208,8 @@ def rows_of(found, works, model, bandwidth, about):
             "peak": max(t["peak"] for t in timed),
             "compile_seconds": warm.get("compile_seconds"),
             "compiles": warm.get("compiles"),
-            "bandwidth": model.bytes(works[name]) / bandwidth / seconds,
-            "matmul": model.operations(works[name]) / about[engine]["matmul"] / seconds,
+            "bandwidth": bytes_of(model, works[name]) / bandwidth / seconds,
+            "matmul": operations(model, works[name]) / about[engine]["matmul"] / seconds,
             "over_ideal": None,
         }
         if ("ours", name) in found:
@@ -335,27 +223,33 @@ def works_tokens(work):
     return sum(work["lengths"]) * work["samples"]
 
 
-def lines_of(rows, works):
-    head = ("workload", "engine", "tokens/s", "ratio", "s", "peak MiB", "compile s (programs)")
-    yield f"| {' | '.join(head)} | % bandwidth | % matmul | over ideal |"
-    yield "|---|---|" + "--:|" * 8
-    for row in rows:
-        compiled = "–"
-        if row["compiles"] is not None:
-            compiled = f"{row['compile_seconds']:.1f} ({row['compiles']})"
-        cells = [
-            WHAT[row["workload"]].format(works[row["workload"]]["lengths"][0]),
-            row["engine"],
-            f"{row['speed']:.{0 if row['speed'] >= 100 else 1}f}",
-            "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            f"{row['fastest']:.2f} to {row['slowest']:.2f}",
-            f"{row['peak']:.0f}",
-            compiled,
-            f"{100 * row['bandwidth']:.1f}",
-            f"{100 * row['matmul']:.1f}",
-            "–" if row["over_ideal"] is None else f"{row['over_ideal']:.2f}",
-        ]
-        yield f"| {' | '.join(cells)} |"
+HEAD = (
+    "workload",
+    "engine",
+    "tokens/s",
+    "ratio",
+    "s",
+    "peak MiB",
+    "compile s (programs)",
+    "% bandwidth",
+    "% matmul",
+    "over ideal",
+)
+
+
+def cells_of(row, works):
+    return [
+        WHAT[row["workload"]].format(works[row["workload"]]["lengths"][0]),
+        row["engine"],
+        f"{row['speed']:.{0 if row['speed'] >= 100 else 1}f}",
+        ratio_cell(row),
+        f"{row['fastest']:.2f} to {row['slowest']:.2f}",
+        f"{row['peak']:.0f}",
+        compile_cell(row),
+        f"{100 * row['bandwidth']:.1f}",
+        f"{100 * row['matmul']:.1f}",
+        "–" if row["over_ideal"] is None else f"{row['over_ideal']:.2f}",
+    ]
 
 
 def agreement(found, name, engine, other):
@@ -390,48 +284,27 @@ def notes_of(found, works, model, bandwidth, about, arguments, failures):
     for (engine, name), (_, timed) in found.items():
         if again := sum(t.get("compiles", 0) for t in timed):
             yield f"{engine} compiled {again} programs more in the timed runs of {name}."
-    runs = [t for _, timed in found.values() for t in timed]
-    others = sum(t["others"] for t in runs) / max(sum(t["seconds"] for t in runs), 1e-9)
-    yield f"While runs were timed, other processes kept {others:.2f} processors busy."
-    if not all(t["reset"] for t in runs):
-        yield "The kernel does not let peaks start anew: they are those since the process began."
+    yield from surroundings([t for _, timed in found.values() for t in timed])
     for failure in failures:
         yield f"{failure}."
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=TINY, help="a Hugging Face folder")
+    engines = "ours,transformers,tunix"
+    add_arguments(parser, engines, DOCUMENT)
     parser.add_argument("--workloads", default="a,b,c,d")
-    parser.add_argument("--engines", default="ours,transformers,tunix")
     parser.add_argument("--tunix-python", help="python of an environment that has google-tunix")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=64, help="that this package decodes at a time")
     parser.add_argument("--short", action="store_true", help="few tokens, to see that all works")
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/sampling.md")
     arguments = parser.parse_args()
-    names, engines = arguments.workloads.split(","), arguments.engines.split(",")
+    names = arguments.workloads.split(",")
     if unknown := set(names) - set(WHAT):
         parser.error(f"no such workloads: {', '.join(sorted(unknown))}")
-    if unknown := set(engines) - {"ours", "transformers", "tunix"}:
-        parser.error(f"no such engines: {', '.join(sorted(unknown))}")
-    if arguments.repeats < 1:
-        parser.error("--repeats: at least 1")
     if arguments.write and arguments.short:
         parser.error("--short is no measurement, so that it cannot be written")
-    if arguments.write:
-        text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else ""
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            parser.error(f"docs/{DOCUMENT.name} needs one {BEGIN.strip()} and one {END.strip()}")
-    if not (arguments.model / "config.json").is_file():
-        parser.error(f"--model {arguments.model}: has no config.json")
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < arguments.threads:
-        parser.error(f"--threads {arguments.threads}: there are {len(cpus)} processors")
-    os.sched_setaffinity(0, cpus[: arguments.threads])  # The engines inherit it.
-    return arguments, names, [e for e in engines if e != "tunix" or arguments.tunix_python]
+    wanted = check_arguments(parser, arguments, engines.split(","), DOCUMENT)
+    return arguments, names, [e for e in wanted if e != "tunix" or arguments.tunix_python]
 
 
 def main():
@@ -441,31 +314,21 @@ def main():
         name: workload(name, model.vocabulary, arguments.short)
         for name in names + ([FULL] if "c" in names else [])
     }
-    bandwidth = copy_bandwidth(arguments.threads)
-    failures, engines = [], {}
-    try:
-        engines, about = begin(wanted, arguments, failures)
+
+    def make(name):
+        python = arguments.tunix_python if name == "tunix" else sys.executable
+        words = arguments.model, arguments.threads, arguments.rows
+        return Engine(name, python, PEERS, words, arguments.threads)
+
+    bandwidth, failures = copy_bandwidth(arguments.threads), []
+    with standing(wanted, make, failures) as (engines, about):
         found = measure(engines, works, arguments.repeats, failures)
-        for name, engine in engines.items():
-            with contextlib.suppress(Failed):
-                about[name]["matmul"] = max(about[name]["matmul"], engine.matmul())
-            time.sleep(PAUSE)
-    finally:
-        for engine in engines.values():
-            engine.close()
     bandwidth = max(bandwidth, copy_bandwidth(arguments.threads))
     rows = list(rows_of(found, works, model, bandwidth, about))
     notes = list(notes_of(found, works, model, bandwidth, about, arguments, failures))
-    text = "\n".join([*lines_of(rows, works), "", *(f"- {note}" for note in notes)]) + "\n"
-    print(text, end="")
-    if arguments.out:
-        told = {"rows": rows, "notes": notes, "engines": about, "bandwidth": bandwidth}
-        arguments.out.write_text(json.dumps(told, indent=2) + "\n")
-    if arguments.write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        before, rest = document.split(BEGIN)
-        after = rest.split(END)[1]
-        DOCUMENT.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    lines = table(HEAD, [cells_of(row, works) for row in rows], texts=2)
+    numbers = {"rows": rows, "engines": about, "bandwidth": bandwidth}
+    publish(arguments, DOCUMENT, lines, notes, numbers)
 
 
 if __name__ == "__main__":

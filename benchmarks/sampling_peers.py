@@ -21,48 +21,10 @@ since others have other environments. Every engine works in float32.
 
 import gc
 import json
-import os
 import sys
-import time
-import traceback
 from pathlib import Path
 
-SIZE = 2048  # of the matrices that give a library's limit
-
-
-def best_of(function, repeats=5):
-    """Seconds of the fastest call; one more goes before."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-class Compiles:
-    """What XLA's compiler has taken so far."""
-
-    def __init__(self):
-        import jax
-
-        self.seconds, self.count = 0.0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
-            self.count += 1
-
-
-def jax_matmul():
-    import jax
-    import jax.numpy as jnp
-
-    x = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
-    product = jax.jit(lambda x: jnp.dot(x, x))
-    return best_of(lambda: product(x).block_until_ready())
+from peer import Compiles, jax_matmul, serve, status, timed, torch_matmul
 
 
 class Ours:
@@ -97,7 +59,7 @@ class Ours:
 
 
 class Transformers:
-    compiles = None
+    compiles, matmul = None, staticmethod(torch_matmul)
 
     def __init__(self, folder, threads, rows):
         import torch
@@ -110,12 +72,6 @@ class Transformers:
         self.model.eval()
         # Nothing of the model's own settings is to fill in what a workload leaves open.
         self.model.generation_config = transformers.GenerationConfig()
-
-    def matmul(self):
-        import torch
-
-        x = torch.randn(SIZE, SIZE)
-        return best_of(lambda: x @ x)
 
     def run(self, prompts, lengths, samples):
         import torch
@@ -230,89 +186,22 @@ class Tunix:
 ENGINES = {"ours": Ours, "transformers": Transformers, "tunix": Tunix}
 
 
-def status(field):
-    """MiB that the kernel tells of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"this kernel does not tell {field}")
-
-
-def forget_peak():
-    """Starts VmHWM anew; whether the kernel lets us."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def busy():
-    """Processor seconds of everything on this machine, and of this process."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    user, nice, system, _, _, irq, soft, steal = map(int, fields[:8])
-    everything = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-    return everything, time.process_time()
+def about(engine):
+    gc.collect()
+    return {"version": engine.version, "resident": status("VmRSS")}
 
 
 def answer(engine, workload):
     prompts, lengths, samples = (workload[k] for k in ("prompts", "lengths", "samples"))
-    compiles = engine.compiles
-    before = (compiles.seconds, compiles.count) if compiles else (0.0, 0)
     gc.collect()
-    reset = forget_peak()
-    everything, own = busy()
-    start = time.perf_counter()
-    made = engine.run(prompts, lengths, samples)
-    seconds = time.perf_counter() - start
-    everything, own = (now - then for now, then in zip(busy(), (everything, own), strict=True))
+    made, told = timed(engine.compiles, engine.run, prompts, lengths, samples)
     wanted = [length for length in lengths for _ in range(samples)]
     if [len(row) for row in made] != wanted:
         raise RuntimeError("rows have other lengths than was asked for")
-    told = {"seconds": seconds, "tokens": sum(wanted), "peak": status("VmHWM"), "reset": reset}
-    told["others"] = max(everything - own, 0.0)
-    if compiles:
-        told["compile_seconds"] = compiles.seconds - before[0]
-        told["compiles"] = compiles.count - before[1]
+    told["tokens"] = sum(wanted)
     return told | ({"ids": made} if workload["ids"] else {})
 
 
-def main():
-    name, folder, threads, rows = sys.argv[1:]
-    # Libraries print as well; what they print is not to be taken for an answer.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def say(function, *arguments):
-        try:
-            told = function(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            told = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(told) + "\n")
-        out.flush()
-        return told
-
-    made = []
-
-    def begin():
-        made.append(ENGINES[name](folder, int(threads), int(rows)))
-        gc.collect()
-        resident = status("VmRSS")
-        return limit() | {"version": made[0].version, "resident": resident}
-
-    def limit():
-        return {"matmul": 2 * SIZE**3 / made[0].matmul()}
-
-    if "error" in say(begin):
-        return
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if asked == "matmul":
-            say(limit)
-        else:
-            say(answer, made[0], asked)
-
-
 if __name__ == "__main__":
-    main()
+    name, folder, threads, rows = sys.argv[1:]
+    serve(lambda: ENGINES[name](folder, int(threads), int(rows)), about, answer)

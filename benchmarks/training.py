@@ -39,22 +39,29 @@ Columns:
 """
 
 import argparse
-import contextlib
-import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from sampling import PAUSE, TINY, Failed, Model, progress
+from engines import (
+    Document,
+    Engine,
+    Failed,
+    Model,
+    add_arguments,
+    check_arguments,
+    compile_cell,
+    progress,
+    publish,
+    ratio_cell,
+    standing,
+    surroundings,
+    table,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "training.md"
-BEGIN, END = "<!-- training:begin -->\n", "<!-- training:end -->\n"
+DOCUMENT = Document("training.md", "training")
 PEERS = Path(__file__).with_name("training_peers.py")
 ENGINES = ("ours", "ours-none", "ours-full", "torch", "torch-ref", "trl", "trl-default")
 AGREE = 1e-4  # between losses of one step
@@ -94,79 +101,6 @@ def operations(model, job):
     return total + 12 * model.layers * model.heads * model.head_dim * seen
 
 
-class Engine:
-    """A process that makes steps."""
-
-    def __init__(self, name, arguments, job):
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
-        }
-        environment |= {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "OMP_NUM_THREADS": str(arguments.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "TQDM_DISABLE": "1",
-        }
-        if arguments.xla_flags:
-            environment["XLA_FLAGS"] = arguments.xla_flags
-        python = sys.executable if name.startswith("ours") else arguments.torch_python
-        self._process = subprocess.Popen(
-            [python, str(PEERS), name, str(arguments.model), str(arguments.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-        )
-        self._send(job)
-
-    def _send(self, value):
-        # Where it has ended there is nothing to hear, and `listen` says so.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(value) + "\n")
-            self._process.stdin.flush()
-
-    def listen(self):
-        line = self._process.stdout.readline()
-        told = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        if "error" in told:
-            self._errors.seek(0)
-            sys.stderr.write(self._errors.read()[-4000:])
-            raise Failed(told["error"])
-        return told
-
-    def ask(self, what):
-        self._send(what)
-        return self.listen()
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        self._errors.close()
-
-
-def begin(names, arguments, job, failures):
-    """Starts one after another, since each measures its library's limit."""
-    engines, about = {}, {}
-    for name in names:
-        engine = Engine(name, arguments, job)
-        try:
-            about[name] = engine.listen()
-            engines[name] = engine
-            progress(f"{name}: {about[name]}")
-        except Failed as error:
-            failures.append(f"{name} could not start: {error}")
-            engine.close()
-        time.sleep(PAUSE)
-    return engines, about
-
-
 def measure(engines, repeats, failures):
     """Engine -> answers, the first of them from the step to warm up."""
     found = {name: [] for name in engines}
@@ -180,7 +114,6 @@ def measure(engines, repeats, failures):
                 failures.append(f"{name} failed at step {number}: {error}")
                 del found[name]
                 continue
-            time.sleep(PAUSE)
             found[name].append(told)
             progress(
                 f"{name} {number}: {told['seconds']:.2f} s, loss {told['loss']:.6f}, "
@@ -212,25 +145,29 @@ def rows_of(found, about, useful):
         }
 
 
-def lines_of(rows):
-    head = ("engine", "s a step", "ratio", "peak MiB", "beyond", "faults k", "% matmul")
-    yield f"| {' | '.join(head)} | compile s (programs) |"
-    yield "|---|" + "--:|" * 7
-    for row in rows:
-        compiled = "–"
-        if row["compiles"] is not None:
-            compiled = f"{row['compile_seconds']:.1f} ({row['compiles']})"
-        cells = [
-            row["engine"],
-            f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})",
-            "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            f"{row['peak']:.0f}",
-            f"{row['beyond']:.0f}",
-            f"{row['faults'] / 1000:.0f}",
-            f"{100 * row['matmul']:.1f}",
-            compiled,
-        ]
-        yield f"| {' | '.join(cells)} |"
+HEAD = (
+    "engine",
+    "s a step",
+    "ratio",
+    "peak MiB",
+    "beyond",
+    "faults k",
+    "% matmul",
+    "compile s (programs)",
+)
+
+
+def cells_of(row):
+    return [
+        row["engine"],
+        f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})",
+        ratio_cell(row),
+        f"{row['peak']:.0f}",
+        f"{row['beyond']:.0f}",
+        f"{row['faults'] / 1000:.0f}",
+        f"{100 * row['matmul']:.1f}",
+        compile_cell(row),
+    ]
 
 
 def notes_of(rows, found, about, model, job, useful, arguments, failures):
@@ -255,11 +192,7 @@ def notes_of(rows, found, about, model, job, useful, arguments, failures):
     for name, (_, *timed) in found.items():
         if again := sum(t.get("compiles", 0) for t in timed):
             yield f"{name} compiled {again} programs more in the timed steps."
-    steps = [t for _, *timed in found.values() for t in timed]
-    others = sum(t["others"] for t in steps) / max(sum(t["seconds"] for t in steps), 1e-9)
-    yield f"While steps were timed, other processes kept {others:.2f} processors busy."
-    if not all(t["reset"] for t in steps):
-        yield "The kernel does not let peaks start anew: they are those since the process began."
+    yield from surroundings([t for _, *timed in found.values() for t in timed])
     for failure in failures:
         yield f"{failure}."
 
@@ -271,35 +204,16 @@ def has_trl(python):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=TINY, help="a Hugging Face folder")
-    parser.add_argument("--engines", default="ours,ours-full,torch,torch-ref,trl,trl-default")
+    add_arguments(parser, "ours,ours-full,torch,torch-ref,trl,trl-default", DOCUMENT)
     parser.add_argument("--torch-python", default=sys.executable, help="python that has torch")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256, help="of prompt and completion")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--repeats", type=int, default=3, help="timed steps of each")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--xla-flags", default="", help="XLA_FLAGS of our processes")
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/training.md")
     arguments = parser.parse_args()
-    names = arguments.engines.split(",")
-    if unknown := set(names) - set(ENGINES):
-        parser.error(f"no such engines: {', '.join(sorted(unknown))}")
-    if arguments.repeats < 1:
-        parser.error("--repeats: at least 1")
     if not 0 < arguments.prompt < arguments.tokens:
         parser.error("--prompt: at least 1, and less than --tokens")
-    if arguments.write:
-        text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.is_file() else ""
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            parser.error(f"docs/{DOCUMENT.name} needs one {BEGIN.strip()} and one {END.strip()}")
-    if not (arguments.model / "config.json").is_file():
-        parser.error(f"--model {arguments.model}: has no config.json")
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < arguments.threads:
-        parser.error(f"--threads {arguments.threads}: there are {len(cpus)} processors")
-    os.sched_setaffinity(0, cpus[: arguments.threads])  # The engines inherit it.
+    names = check_arguments(parser, arguments, ENGINES, DOCUMENT)
     if not has_trl(arguments.torch_python):
         names = [name for name in names if not name.startswith("trl")]
     return arguments, names
@@ -310,32 +224,25 @@ def main():
     model = Model(arguments.model)
     job = make_job(model.vocabulary, arguments)
     useful = operations(model, job)
-    failures, engines = [], {}
-    try:
-        engines, about = begin(names, arguments, job, failures)
+
+    def make(name):
+        python = sys.executable if name.startswith("ours") else arguments.torch_python
+        flags = {"XLA_FLAGS": arguments.xla_flags} if arguments.xla_flags else {}
+        words = arguments.model, arguments.threads
+        engine = Engine(name, python, PEERS, words, arguments.threads, flags)
+        engine.tell(job)
+        return engine
+
+    failures = []
+    with standing(names, make, failures) as (engines, about):
         found = measure(engines, arguments.repeats, failures)
-        for name, engine in engines.items():
-            with contextlib.suppress(Failed):
-                about[name]["matmul"] = max(about[name]["matmul"], engine.ask("matmul")["matmul"])
-            time.sleep(PAUSE)
-    finally:
-        for engine in engines.values():
-            engine.close()
     for told in about.values():  # Engines of one library have one limit.
         same = [a["matmul"] for a in about.values() if a["library"] == told["library"]]
         told["matmul"] = max(same)
     rows = list(rows_of(found, about, useful))
     notes = list(notes_of(rows, found, about, model, job, useful, arguments, failures))
-    text = "\n".join([*lines_of(rows), "", *(f"- {note}" for note in notes)]) + "\n"
-    print(text, end="")
-    if arguments.out:
-        told = {"rows": rows, "notes": notes, "engines": about, "steps": found, "useful": useful}
-        arguments.out.write_text(json.dumps(told, indent=2) + "\n")
-    if arguments.write:
-        document = DOCUMENT.read_text(encoding="utf-8")
-        before, rest = document.split(BEGIN)
-        after = rest.split(END)[1]
-        DOCUMENT.write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    numbers = {"rows": rows, "engines": about, "steps": found, "useful": useful}
+    publish(arguments, DOCUMENT, table(HEAD, map(cells_of, rows)), notes, numbers)
 
 
 if __name__ == "__main__":

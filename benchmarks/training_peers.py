@@ -26,15 +26,10 @@ import contextlib
 import ctypes
 import gc
 import json
-import os
 import sys
 import tempfile
-import time
-import traceback
 
-from sampling_peers import Compiles, best_of, busy, forget_peak, jax_matmul, status
-
-SIZE = 2048  # of the matrices that give a library's limit
+from peer import Compiles, jax_matmul, serve, status, timed, torch_matmul
 
 
 class Ours:
@@ -119,7 +114,7 @@ def open_model(folder, threads):
 
 
 class Torch:
-    compiles = None
+    compiles, matmul = None, staticmethod(torch_matmul)
 
     def __init__(self, folder, threads, job, reference=False):
         import torch
@@ -156,12 +151,6 @@ class Torch:
             self.model.eval()
             with torch.no_grad():
                 self.cached = self.sums(self.model)
-
-    def matmul(self):
-        import torch
-
-        x = torch.randn(SIZE, SIZE)
-        return best_of(lambda: x @ x)
 
     def sums(self, model):
         """Log-probabilities of the completions."""
@@ -261,31 +250,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def answer(engine):
+def answer(engine, _):
     """One step, and what it took."""
-    compiles = engine.compiles
-    before = (compiles.seconds, compiles.count) if compiles else (0.0, 0)
     give_back()
-    resident, reset = status("VmRSS"), forget_peak()
-    everything, own = busy()
-    faulted = faults()
-    start = time.perf_counter()
-    loss = engine.step()
-    seconds = time.perf_counter() - start
-    everything, own = (now - then for now, then in zip(busy(), (everything, own), strict=True))
-    told = {
-        "seconds": seconds,
-        "loss": loss,
-        "peak": status("VmHWM"),
-        "resident": resident,
-        "reset": reset,
-        "own": own,
-        "others": max(everything - own, 0.0),
-        "faults": faults() - faulted,
-    }
-    if compiles:
-        told["compile_seconds"] = compiles.seconds - before[0]
-        told["compiles"] = compiles.count - before[1]
+    resident, faulted = status("VmRSS"), faults()
+    loss, told = timed(engine.compiles, engine.step)
+    told |= {"loss": loss, "resident": resident, "faults": faults() - faulted}
     give_back()
     return told
 
@@ -293,36 +263,13 @@ def answer(engine):
 def main():
     name, folder, threads = sys.argv[1:]
     job = json.loads(sys.stdin.readline())
-    # Libraries print as well; what they print is not to be taken for an answer.
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
 
-    def say(function, *arguments):
-        try:
-            told = function(*arguments)
-        except Exception as error:
-            traceback.print_exc()
-            told = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(told) + "\n")
-        out.flush()
-        return told
-
-    made = []
-
-    def begin():
-        made.append(ENGINES[name](folder, int(threads), job))
-        library = "jax" if name.startswith("ours") else "torch"
-        told = limit() | {"version": made[0].version, "library": library}
+    def about(engine):
         give_back()
-        return told
+        library = "jax" if name.startswith("ours") else "torch"
+        return {"version": engine.version, "library": library}
 
-    def limit():
-        return {"matmul": 2 * SIZE**3 / made[0].matmul()}
-
-    if "error" in say(begin):
-        return
-    for line in sys.stdin:
-        say(*((limit,) if json.loads(line) == "matmul" else (answer, made[0])))
+    serve(lambda: ENGINES[name](folder, int(threads), job), about, answer)
 
 
 if __name__ == "__main__":
