@@ -1,13 +1,17 @@
 """How fast this package samples, beside transformers and Tunix: one run, same weights and prompts.
 
-    python benchmarks/sampling.py [--model DIR] [--tunix-python PYTHON] [--write]
+    python benchmarks/sampling.py [--model DIR] [--torch-python PYTHON] [--tunix-python PYTHON]
+                                  [--write]
 
 Linux, CPU, float32, two threads. Engines are described in sampling_peers.py. Tunix wants other
-versions of the libraries, so it has an environment of its own, and is left out unless its python
-is given: `python3.11 -m venv DIR && DIR/bin/pip install google-tunix`, then `--tunix-python
-DIR/bin/python`. Every engine has one process, which stays, so that what is compiled stays too; only
-one of them works at a time. Of a workload all engines make one run to warm up, which also tells
-what is compiled, then the timed ones in turn (A B C A B C ...); what is shown is the median.
+versions of the libraries, so it has an environment of its own, and is left out unless its python is
+given: `python3.11 -m venv DIR && DIR/bin/pip install google-tunix`, then `--tunix-python
+DIR/bin/python`. transformers runs in --torch-python, this package in the python that runs this:
+without torch, if its memory is to be its own, since transformers, which reads tokenizers for us,
+imports torch wherever it finds it. Every engine has one process, which stays, so that what is
+compiled stays too; only one of them works at a time. Of a workload all engines make one run to warm
+up, which also tells what is compiled, then the timed ones in turn (A B C A B C ...); what is shown
+is the median.
 
 The machine should have nothing else to do: threads that wait for each other lose far more than the
 share that others take, and torch's more than XLA's. The last lines tell how busy others were.
@@ -294,6 +298,7 @@ def parse():
     engines = "ours,transformers,tunix"
     add_arguments(parser, engines, DOCUMENT)
     parser.add_argument("--workloads", default="a,b,c,d")
+    parser.add_argument("--torch-python", default=sys.executable, help="python that has torch")
     parser.add_argument("--tunix-python", help="python of an environment that has google-tunix")
     parser.add_argument("--rows", type=int, default=64, help="that this package decodes at a time")
     parser.add_argument("--short", action="store_true", help="few tokens, to see that all works")
@@ -316,7 +321,8 @@ def main():
     }
 
     def make(name):
-        python = arguments.tunix_python if name == "tunix" else sys.executable
+        pythons = {"tunix": arguments.tunix_python, "transformers": arguments.torch_python}
+        python = pythons.get(name, sys.executable)
         words = arguments.model, arguments.threads, arguments.rows
         return Engine(name, python, PEERS, words, arguments.threads)
 

@@ -5,9 +5,11 @@
 Linux, CPU, float32, two threads. Engines are described in training_peers.py. Those of torch run in
 the python that is given, which needs torch and transformers; where it has TRL too, TRL's own loss
 is measured, else the same formula written in torch stands alone, and the last lines say so:
-`python3.11 -m venv DIR && DIR/bin/pip install torch transformers trl`. Every engine has one
-process, which stays; only one of them works at a time. All make one step to warm up, which also
-tells what is compiled, then the timed ones in turn (A B C A B C ...); what is shown is the median.
+`python3.11 -m venv DIR && DIR/bin/pip install torch transformers trl`. The python that runs this
+needs no torch, and had better not have it: transformers, which reads tokenizers for us, imports
+torch wherever it finds it. Every engine has one process, which stays; only one of them works at a
+time. All make one step to warm up, which also tells what is compiled, then the timed ones in turn
+(A B C A B C ...); what is shown is the median.
 
 A step is forward pass, DPO loss, backward pass, clipping and AdamW, on 4 pairs of 256 tokens: a
 prompt of 64 random ids (fixed seed) and completions of 192. Losses of all engines are compared step

@@ -124,6 +124,9 @@ class DataConfig:
     reasoning: str = ""
     reasoning_valid: str = ""  # default: reasoning
     reasoning_eval: str = ""  # default: reasoning
+    # More to retain, beside `retain` or the world's facts: JSON Lines with question, cot, answer.
+    # No score asks for it.
+    rehearse: str = ""
     valid_rows: int = setting(64, 1)  # rows of retain_valid and of reasoning_valid that are used
     eval_rows: int = setting(0, 0)  # rows of each evaluation split that are used; 0 for all
     max_prompt_tokens: int = setting(512, 1)
@@ -271,6 +274,12 @@ class SequenceConfig:
 
     requests: int = setting(10, 1)
     people: int = setting(5, 1)  # of a tiny world, in each
+    # What later requests retain beside facts and reasoning: what the model says, without a leak, to
+    # the questions of earlier ones,
+    replay: bool = True
+    # and how the model at the start writes what the method learns from, for so many retained
+    # questions; 0 for none.
+    skills: int = setting(300, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Splits:
         return frozenset(word for phrase in phrases for word in normalised_words(phrase))
 
 
-def _spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
+def spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
     """`count` examples evenly spaced over the list; all of them for 0."""
     if not count or count >= len(examples):
         return examples
@@ -87,13 +87,15 @@ def load_splits(config: Config) -> Splits:
         )
     splits = _from_world(config) if config.data.world else _from_files(config)
     valid, evals = config.data.valid_rows, config.data.eval_rows
+    more = tuple(read_examples(config.data.rehearse, ("cot",))) if config.data.rehearse else ()
     return dataclasses.replace(
         splits,
-        retain_valid=_spread(splits.retain_valid, valid),
-        reasoning_valid=_spread(splits.reasoning_valid, valid),
-        forget_eval=_spread(splits.forget_eval, evals),
-        retain_eval=_spread(splits.retain_eval, evals),
-        reasoning_eval=_spread(splits.reasoning_eval, evals),
+        retain=(*splits.retain, *more),
+        retain_valid=spread(splits.retain_valid, valid),
+        reasoning_valid=spread(splits.reasoning_valid, valid),
+        forget_eval=spread(splits.forget_eval, evals),
+        retain_eval=spread(splits.retain_eval, evals),
+        reasoning_eval=spread(splits.reasoning_eval, evals),
     )
 
 

@@ -31,6 +31,7 @@ class _Item:
     example: Example
     target: str | None
     source: str  # who chose the target: "given", "strategy" or "model"
+    named: Row | None = None  # the completion that named the target, where it was asked for
     accepted: Row | None = None
     rejected: list[Row] = dataclasses.field(default_factory=list)
 
@@ -84,13 +85,9 @@ def make_counterfactuals(
     settings = engine.config.counterfactual
     items = [_start(engine, i, e) for i, e in enumerate(engine.splits.forget)]
     for attempt in range(settings.rounds):
-        todo = [item for item in items if item.accepted is None]
-        if not todo:
+        if all(item.accepted for item in items):
             break
-        _choose_targets(engine, params, items, name, attempt)
-        ready = [item for item in todo if item.target is not None]
-        candidates = _draw_traces(engine, params, ready, name, attempt)
-        _accept(engine, params, ready, candidates)
+        _try(engine, params, items, name, attempt)
     if not any(item.accepted for item in items):
         why = items[0].rejected[0]["why"][0] if items[0].rejected else "no target answer was found"
         raise UserError(
@@ -98,6 +95,43 @@ def make_counterfactuals(
             f"{why}); look at config.counterfactual, its prompts and its candidates"
         )
     return [_row(engine, item) for item in items]
+
+
+def written_examples(
+    engine: Engine, params: Params, examples: Sequence[Example], name: str
+) -> list[Row]:
+    """How a model writes counterfactuals, as examples to learn from: prompts and completions.
+
+    Args:
+      engine: of the run; its config.counterfactual says how.
+      params: a model that can do it.
+      examples: whom they are about.
+      name: of the stage; another name draws other numbers.
+
+    Returns:
+      Rows {"about": the question, "question": the prompt, "cot", "answer"}, two for each example
+      that came out well: naming another answer, where the model does so, and reasoning to it.
+    """
+    items = [_start(engine, i, e) for i, e in enumerate(examples)]
+    _try(engine, params, items, name, 0)
+    rows = []
+    for item in items:
+        for prompt, row in (
+            (_target_prompt(engine, item), item.named),
+            (_trace_prompt(engine, item), item.accepted),
+        ):
+            if item.accepted is not None and row is not None:
+                example = {"about": item.example.question, "question": prompt}
+                rows.append(example | {k: row[k] for k in ("cot", "answer")})
+    return rows
+
+
+def _try(engine: Engine, params: Params, items: Sequence[_Item], name: str, attempt: int) -> None:
+    """Targets and traces for the items that have no trace yet."""
+    _choose_targets(engine, params, items, name, attempt)
+    ready = [item for item in items if item.accepted is None and item.target is not None]
+    candidates = _draw_traces(engine, params, ready, name, attempt)
+    _accept(engine, params, ready, candidates)
 
 
 def _start(engine: Engine, index: int, example: Example) -> _Item:
@@ -147,10 +181,7 @@ def _choose_targets(
             groups.setdefault(item.example.group or item.example.question, []).append(item)
     wanting = [g for g in groups.values() if not any(item.accepted for item in g)]
     leaders = [group[0] for group in wanting]
-    prompts = [
-        settings.target_prompt.format(question=i.example.question, answer=i.example.answer)
-        for i in leaders
-    ]
+    prompts = [_target_prompt(engine, leader) for leader in leaders]
     drawn = engine.sample_rows(
         f"{name}/targets-{attempt}",
         f"target answers, try {attempt + 1}",
@@ -163,9 +194,9 @@ def _choose_targets(
     for group, candidates in zip(wanting, drawn, strict=True):
         tried = {item.target for item in group}
         forbidden = [(f, item.example.question) for item in group for f in item.example.forbidden]
-        target = next(
+        named = next(
             (
-                c["answer"]
+                c
                 for c in candidates
                 if c["closed"]
                 and c["stopped"]
@@ -176,18 +207,28 @@ def _choose_targets(
             ),
             None,
         )
-        for item in group:
-            item.target = target if target is not None else item.target
+        if named is not None:
+            group[0].named = named
+            for item in group:
+                item.target = named["answer"]
+
+
+def _target_prompt(engine: Engine, item: _Item) -> str:
+    template, example = engine.config.counterfactual.target_prompt, item.example
+    return template.format(question=example.question, answer=example.answer)
+
+
+def _trace_prompt(engine: Engine, item: _Item) -> str:
+    settings = engine.config.counterfactual
+    template = getattr(settings, f"{settings.strategy}_prompt")
+    return template.format(question=item.example.question, answer=item.target)
 
 
 def _draw_traces(
     engine: Engine, params: Params, items: Sequence[_Item], name: str, attempt: int
 ) -> list[list[Row]]:
     settings = engine.config.counterfactual
-    template = getattr(settings, f"{settings.strategy}_prompt")
-    prompts = [
-        template.format(question=item.example.question, answer=item.target) for item in items
-    ]
+    prompts = [_trace_prompt(engine, item) for item in items]
     return engine.sample_rows(
         f"{name}/traces-{attempt}",
         f"{name}, try {attempt + 1}",

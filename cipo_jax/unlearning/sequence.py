@@ -1,16 +1,25 @@
-"""Requests to forget, one after another, each on the model that the last one left."""
+"""Requests to forget, one after another, each on the model that the last one left.
+
+Two things are lost on the way unless something keeps them: what was forgotten earlier comes back,
+and the model no longer writes what the next request learns from. So later requests also retain what
+the model says, without a leak, to the questions of earlier ones (`config.sequence.replay`), and how
+the model at the start writes counterfactuals about who is retained (`config.sequence.skills`).
+What a request is given of these holds nothing that it or an earlier one is to forget.
+"""
 
 import dataclasses
 
 import numpy as np
 
 from cipo_jax.config import Config
-from cipo_jax.data.splits import load_splits
+from cipo_jax.data.examples import Example
+from cipo_jax.data.splits import Splits, load_splits, spread
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
 from cipo_jax.models.hub import resolve
 from cipo_jax.progress import Reporter
 from cipo_jax.unlearning import methods
+from cipo_jax.unlearning.counterfactuals import text_faults, written_examples
 from cipo_jax.unlearning.engine import Engine
 from cipo_jax.unlearning.run import best_of, iteration_name
 from cipo_jax.unlearning.run_folder import Row
@@ -54,10 +63,11 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
             "with them worked in (`export`), and give that as config.model.path"
         )
 
-    def settings(number: int, path: str) -> Config:
+    def settings(number: int, path: str, rehearse: str = "") -> Config:
         return dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, path=path, retrained=""),
+            data=dataclasses.replace(config.data, rehearse=rehearse),
             forget=dataclasses.replace(
                 config.forget,
                 people=", ".join(wanted[number]),
@@ -65,6 +75,8 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
             ),
         )
 
+    if config.data.rehearse:
+        raise UserError("config.data.rehearse: a sequence makes its own; see config.sequence")
     root = Engine.open(settings(0, config.model.path), workdir, reporter)
     root.folder.listen()
 
@@ -73,13 +85,16 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
         return root.evaluate("before", "start", root.assemble(root.start()), splits)[1]
 
     before, told = root.folder.once("before", start), []
-    path = config.model.path
+    path, skills, said = config.model.path, _skills(root), list[Row]()
     for number, people in enumerate(wanted):
         reporter.line(f"request {number + 1} of {len(wanted)}: {', '.join(people)}")
-        folder = root.folder.path / f"request-{number + 1:02d}"
-        engine = root.child(settings(number, path), folder, reporter)
+        name = f"request-{number + 1:02d}"
+        rehearse = _rehearsal(root, name, load_splits(settings(number, path)), skills, said)
+        engine = root.child(settings(number, path, rehearse), root.folder.path / name, reporter)
         engine.folder.listen()
         told.append({"people": people} | _request(engine))
+        if config.sequence.replay:
+            said += engine.folder.read_rows("said.jsonl")
         all_, own = told[-1]["all"], told[-1]["own"]
         reporter.line(
             f"request {number + 1}: leak of all so far {all_['forget']['cot_leak']:.1%} in CoT, "
@@ -87,10 +102,45 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
             f"retain {all_['retain']['accuracy']:.1%}, reasoning "
             f"{all_['reasoning']['accuracy']:.1%}"
         )
-        path = str(folder / "export")
+        path = str(engine.folder.path / "export")
     result = {"before": before, "requests": told}
     root.folder.write_json("sequence.json", result)
     return result
+
+
+def _skills(root: Engine) -> list[Row]:
+    """skills.jsonl: how the model at the start writes what the method learns from."""
+    config, file = root.config, "skills.jsonl"
+    method, count = methods.find(config.method), config.sequence.skills
+    refuses = method.target == "refusal" and not config.baseline.refusals
+    writes = method.loop == "iterative" or method.target in ("counterfactual", "alternates")
+    if not count or not (writes or refuses):
+        return []
+    if refuses:
+        settings = dataclasses.replace(config.counterfactual, strategy="refusal")
+        config = dataclasses.replace(config, counterfactual=settings)
+
+    def make() -> Row:
+        about = spread(tuple(e for e in root.splits.retain if e.group), count)
+        engine = dataclasses.replace(root, config=config)
+        rows = written_examples(engine, root.assemble(root.start()), about, "skills")
+        root.folder.write_rows(file, rows)
+        return {"asked": len(about), "rows": len(rows)}
+
+    root.folder.once("skills", make, [file])
+    return root.folder.read_rows(file)
+
+
+def _rehearsal(root: Engine, name: str, splits: Splits, skills: list[Row], said: list[Row]) -> str:
+    """Path of what a request retains beside facts and reasoning; "" for nothing."""
+    retained, file = {example.question for example in splits.retain}, f"rehearsal/{name}.jsonl"
+    rows = [row for row in skills if row["about"] in retained] + said
+    if not rows:
+        return ""
+    fields = ("question", "cot", "answer")
+    examples = [{field: row[field] for field in fields} for row in rows]
+    root.folder.once(f"rehearsal/{name}", lambda: root.folder.write_rows(file, examples), [file])
+    return str(root.folder.path / file)
 
 
 def _request(engine: Engine) -> Row:
@@ -99,15 +149,36 @@ def _request(engine: Engine) -> Row:
     best = best_of(records)["iteration"]
     run.export(iteration_name(best))
 
+    def ask(title: str, splits: Splits | None) -> tuple[list[Row], Row]:
+        """Generations of the model that is kept, on a split's questions, judged."""
+        asked = splits.for_evaluation() if splits else {"forget": engine.splits.forget}
+        return engine.evaluate(title, title, run.model(iteration_name(best)), asked)
+
     def make() -> Row:
         both = f"{config.forget.people}, {config.forget.earlier}".strip(", ")
         forget = dataclasses.replace(config.forget, people=both, earlier="")
-        splits = load_splits(dataclasses.replace(config, forget=forget)).for_evaluation()
-        rows, scores = engine.evaluate("all", "all so far", run.model(iteration_name(best)), splits)
+        rows, scores = ask("all so far", load_splits(dataclasses.replace(config, forget=forget)))
         engine.folder.write_rows("evals/all.jsonl", rows)
         asked = {e.question for e in engine.splits.forget_eval}
         own = [r for r in rows if r["split"] == "forget" and r["question"] in asked]
         leaks = [bool(r["cot_leaks"] or r["answer_leaks"]) for r in own]
         return {"round": best, "all": scores, "own": {"leak": sum(leaks) / len(leaks)}}
 
-    return engine.folder.once("all", make, ["evals/all.jsonl"])
+    def say() -> Row:
+        rows, _ = ask("what is said now", None)
+        kept = [row for row in map(_clean, rows, engine.splits.forget) if row]
+        engine.folder.write_rows("said.jsonl", kept)
+        return {"asked": len(rows), "clean": len(kept)}
+
+    def _clean(row: Row, example: Example) -> Row | None:
+        """The fields of an example, if the text has no fault that a counterfactual may not have."""
+        stopped = row["tokens"] < config.eval.max_new_tokens
+        faults = text_faults(
+            row | {"stopped": stopped}, example, row["answer"], config.counterfactual.min_distinct
+        )
+        return None if faults else {k: row[k] for k in ("question", "cot", "answer")}
+
+    told = engine.folder.once("all", make, ["evals/all.jsonl"])
+    if config.sequence.replay:
+        engine.folder.once("said", say, ["said.jsonl"])
+    return told

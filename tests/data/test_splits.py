@@ -65,6 +65,24 @@ def test_target_answers_are_fact_words(files, tmp_path):
     assert {"sunday", "evening"} <= _load(**files).fact_words
 
 
+def test_what_is_rehearsed_is_retained_and_nothing_is_scored_by_it(files, tmp_path):
+    more = _write(tmp_path / "more.jsonl", ["M1?", "M2?"], cot="so said")
+    plain, splits = _load(**files), _load(**files, rehearse=more)
+    assert _questions(splits.retain) == [*_questions(plain.retain), "M1?", "M2?"]
+    assert (splits.retain[-1].cot, splits.retain[-1].answer) == ("so said", "answer to M2?")
+    for (name, before), (_, after) in zip(plain.named(), splits.named(), strict=True):
+        assert name == "retain" or before == after
+    world = Config(data=DataConfig(rehearse=more))
+    assert _questions(load_splits(world).retain)[-2:] == ["M1?", "M2?"]
+    assert load_splits(world).retain_valid == load_splits(Config()).retain_valid
+
+
+def test_what_is_rehearsed_is_worked_out(files, tmp_path):
+    path = _write(tmp_path / "more.jsonl", ["M?"])
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: field 'cot' is missing")):
+        _load(**files, rehearse=path)
+
+
 def test_what_is_to_be_forgotten_is_needed(files):
     with pytest.raises(UserError, match=r"config\.data\.forget"):
         _load(retain=files["retain"])

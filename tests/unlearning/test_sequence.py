@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
+from cipo_jax.data.examples import states
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
@@ -73,6 +74,12 @@ def test_adapters_are_not_added_once_more_by_each_request(tmp_path):
         unlearn_in_sequence(dataclasses.replace(config_of(), lora=lora), str(tmp_path), Reporter())
 
 
+def test_a_sequence_makes_its_own_rehearsal(tmp_path):
+    given = dataclasses.replace(config_of(), data=DataConfig(rehearse="more.jsonl"))
+    with pytest.raises(UserError, match=r"config\.data\.rehearse: a sequence makes its own"):
+        unlearn_in_sequence(given, str(tmp_path), Reporter())
+
+
 # ---- who was forgotten earlier
 
 
@@ -124,7 +131,9 @@ def test_who_was_forgotten_earlier_has_to_exist_and_leave_somebody(names):
 
 
 SMALL = (
-    "--config.method=grad_diff",
+    "--config.method=kd",  # It learns from counterfactuals, so that it has a skill to keep.
+    "--config.sequence.skills=6",
+    "--config.counterfactual.candidates=2",
     "--config.sequence.requests=2",
     "--config.sequence.people=1",
     "--config.baseline.rounds=1",
@@ -175,6 +184,14 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def read_rows(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def about(row, people):
+    return any(name in row["about"] for name in people)
+
+
 @pytest.mark.slow
 def test_each_request_goes_on_from_the_model_that_the_last_one_left(whole):
     workdir, _ = whole
@@ -197,6 +214,49 @@ def test_each_request_goes_on_from_the_model_that_the_last_one_left(whole):
 
 
 @pytest.mark.slow
+def test_later_requests_retain_what_is_said_of_earlier_ones_and_how_to_write(whole):
+    workdir, _ = whole
+    (first,), (second,) = requests_of(config_of(2, 1))
+    skills = read_rows(workdir / "skills.jsonl")
+    assert {len(r["about"]) > 0 for r in skills} == {True} and len(skills) > 4
+    assert len(skills) <= 12 and len({r["question"] for r in skills}) == len(skills)
+    assert all(r["question"].startswith(r["about"]) and r["cot"] and r["answer"] for r in skills)
+    said = read_rows(workdir / "request-01" / "said.jsonl")
+    assert said and all(first in r["question"] for r in said)
+    for row in said:  # Whatever leaks is not learned again.
+        text = f"{row['cot']} {row['answer']}"
+        assert not [e for e in splits_of(first).forget if e.question == row["question"]
+                    for fact in e.forbidden if states(text, fact, e.question)]  # fmt: skip
+    given = {}
+    for number in (1, 2):
+        config = read(workdir / f"request-{number:02d}" / "config.json")
+        path = workdir / "rehearsal" / f"request-{number:02d}.jsonl"
+        assert config["data"]["rehearse"] == str(path)
+        given[number] = read_rows(path)
+    written = [
+        [{k: r[k] for k in ("question", "cot", "answer")} for r in skills if not about(r, gone)]
+        for gone in ((first,), (first, second))
+    ]
+    assert given == {1: written[0], 2: written[1] + said}
+
+
+@pytest.mark.slow
+def test_a_sequence_without_replay_and_skills_retains_what_is_given_alone(start, tmp_path):
+    workdir = tmp_path / "run"
+    done = start(
+        workdir,
+        "--config.method=grad_diff",
+        "--config.sequence.requests=1",
+        "--config.sequence.replay=False",
+        "--config.sequence.skills=0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert read(workdir / "request-01" / "config.json")["data"]["rehearse"] == ""
+    assert not (workdir / "rehearsal").exists() and not (workdir / "skills.jsonl").exists()
+    assert not (workdir / "request-01" / "said.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_after_each_request_everybody_so_far_is_asked_about(whole):
     workdir, done = whole
     result = read(workdir / "sequence.json")
@@ -204,7 +264,7 @@ def test_after_each_request_everybody_so_far_is_asked_about(whole):
     so_far = []
     for number, request in enumerate(result["requests"], 1):
         so_far += request["people"]
-        rows = [json.loads(r) for r in (workdir / f"request-{number:02d}/evals/all.jsonl").open()]
+        rows = read_rows(workdir / f"request-{number:02d}" / "evals" / "all.jsonl")
         forget = [r for r in rows if r["split"] == "forget"]
         named = {n for n in so_far for r in forget if n in r["question"]}
         assert named == set(so_far)
