@@ -1,16 +1,14 @@
 """Methods side by side: the rows that are asked for, and a little comparison whole."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import user_runs
+from user_runs import read
 
 from cipo_jax.config import CompareConfig, Config, TrainConfig
 from cipo_jax.errors import UserError
@@ -18,9 +16,6 @@ from cipo_jax.reports.comparison import markdown, merit, print_comparison
 from cipo_jax.unlearning.compare import Comparison, Entry, entries_of, rates_of
 from cipo_jax.unlearning.methods import METHODS
 from cipo_jax.unlearning.workers import cores_of
-
-ROOT = Path(__file__).parents[2]
-
 
 # ---- rows
 
@@ -318,22 +313,13 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    environment = {k: v for k, v in os.environ.items() if k not in names} | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = user_runs.environment(tmp_path_factory.mktemp("compiled"))
 
     def start(workdir, *extra, program=("-m", "cipo_jax")):
         flags = [
             "--config=configs/tiny_compare.py:smoke", f"--workdir={workdir}", *SMALL, *extra
         ]  # fmt: skip
-        return subprocess.run(
-            [sys.executable, *program, "compare", *flags],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800,
-        )  # fmt: skip
+        return user_runs.run(environment, *program, "compare", *flags, timeout=800)
 
     return start
 
@@ -355,10 +341,6 @@ def whole(start, tmp_path_factory):
     done = start(workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def comparable(workdir):

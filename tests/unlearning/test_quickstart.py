@@ -1,29 +1,14 @@
 """The whole loop on the embedded model, held to what the README promises. Minutes long."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
+import user_runs
 
 
 def unlearn(workdir, *overrides):
-    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    clean = {k: v for k, v in os.environ.items() if k not in names}
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "cipo_jax", "unlearn", "--config=configs/quickstart.py",
-            f"--workdir={workdir}", *overrides,
-        ],
-        cwd=ROOT, env=clean | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+    flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
+    done = user_runs.run(user_runs.environment(), "-m", "cipo_jax", "unlearn", *flags, timeout=1200)
     assert done.returncode == 0, done.stderr
-    return json.loads((Path(workdir) / "summary.json").read_text()), done
+    return user_runs.read(workdir / "summary.json"), done
 
 
 def check(summary):
@@ -67,7 +52,7 @@ SMALL = (
 
 
 def some_name():
-    world = json.loads((ROOT / "cipo_jax/assets/tiny_lrm/world.json").read_text())
+    world = user_runs.read(user_runs.ROOT / "cipo_jax/assets/tiny_lrm/world.json")
     return world["people"][3]["name"]
 
 
@@ -89,7 +74,7 @@ def test_every_strategy_loss_and_reference_forgets_one_person(tmp_path, override
     assert summary["before"]["forget"]["cot_leak"] >= 0.9
     assert summary["after"]["forget"]["cot_leak"] <= 0.15
     assert summary["after"]["forget"]["think_completion"] >= 0.95
-    rows = [json.loads(r) for r in (tmp_path / "run" / "counterfactuals.jsonl").open()]
+    rows = user_runs.read_rows(tmp_path / "run" / "counterfactuals.jsonl")
     assert all(row["accepted"] for row in rows)
     if "boundary" in overrides[0]:
         assert {row["answer"] for row in rows} == {"unknown"}

@@ -1,21 +1,19 @@
 """Whole runs in processes of their own: killed anywhere, from files, and what they leave behind."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import user_runs
 from trees import assert_trees_close
+from user_runs import read, read_rows
 
 from cipo_jax.data import tiny_world
 from cipo_jax.data.examples import example_row
 from cipo_jax.models.hub import resolve
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 ENVIRONMENT = {}
 SMALL = (
     "--config.forget.count=1",
@@ -43,31 +41,19 @@ SMALL = (
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory):
     """What the runs are started with: real devices, and programs compiled once for all of them."""
-    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    ENVIRONMENT.update({k: v for k, v in os.environ.items() if k not in names})
-    ENVIRONMENT.update(
-        JAX_PLATFORMS="cpu",
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path_factory.mktemp("compiled")),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    ENVIRONMENT.update(user_runs.environment(tmp_path_factory.mktemp("compiled")))
 
 
 def start(workdir, *extra, place="never", count=0, config=SMALL):
     program = [str(HERE / "killed_run.py"), place, str(count)]
     if place == "never":
         program = ["-m", "cipo_jax"]
-    command = [
-        sys.executable,
-        *program,
-        "unlearn",
-        "--config=configs/quickstart.py",
-        f"--workdir={workdir}",
-        *config,
-        *extra,
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
-    )
+    flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", *config, *extra]
+    return user_runs.run(ENVIRONMENT, *program, "unlearn", *flags)
+
+
+def command(*arguments, **more):
+    return user_runs.run(ENVIRONMENT, "-m", "cipo_jax", *arguments, **more)
 
 
 def exported(workdir, folder="export"):
@@ -144,7 +130,7 @@ def test_a_changed_config_is_refused_with_the_keys_that_differ(whole):
 
 
 def test_the_run_folder_holds_what_it_should(whole):
-    summary = json.loads((whole / "summary.json").read_text())
+    summary = read(whole / "summary.json")
     for name in ("before", "after"):
         scores = summary[name]
         assert set(scores["forget"]) >= {
@@ -154,7 +140,7 @@ def test_the_run_folder_holds_what_it_should(whole):
             assert set(scores[split]) == {"accuracy", "n"}
         shares = [v for s in scores.values() for k, v in s.items() if k != "n"]
         assert all(0.0 <= share <= 1.0 for share in shares)
-        rows = [json.loads(line) for line in (whole / "evals" / f"{name}.jsonl").open()]
+        rows = read_rows(whole / "evals" / f"{name}.jsonl")
         assert len(rows) == sum(s["n"] for s in scores.values())
         assert {"question", "cot", "answer", "cot_leaks", "answer_leaks"} <= set(rows[0])
     assert summary["retrained"] is None
@@ -171,22 +157,19 @@ def test_the_run_folder_holds_what_it_should(whole):
     ):  # fmt: skip
         assert (whole / path).exists(), path
     assert list((whole / "tensorboard").glob("events.*"))
-    counterfactual = json.loads((whole / "counterfactuals.jsonl").open().readline())
+    counterfactual = read_rows(whole / "counterfactuals.jsonl")[0]
     assert {"question", "true_answer", "target_answer", "trace", "strategy", "checks_passed",
             "rejected"} <= set(counterfactual)  # fmt: skip
 
 
 def test_nothing_recompiles_after_the_first_iteration(whole):
-    counts = [
-        json.loads((whole / "iterations" / i / "metrics.json").read_text())["compilations"]
-        for i in ("01", "02")
-    ]
+    counts = [read(whole / "iterations" / i / "metrics.json")["compilations"] for i in ("01", "02")]
     assert counts[0] > 0
     assert counts[1] == 0
 
 
 def test_metrics_have_every_step_once(whole):
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    rows = read_rows(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     first = next(row for row in rows if row["phase"] == "iteration-01")
     # The policy is the reference at the first step of an iteration.
@@ -209,7 +192,7 @@ def test_transformers_opens_the_export_and_says_what_we_say(whole):
 
     model = AutoModelForCausalLM.from_pretrained(whole / "export", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(whole / "export")
-    rows = [json.loads(line) for line in (whole / "evals" / "after.jsonl").open()][:6]
+    rows = read_rows(whole / "evals" / "after.jsonl")[:6]
     for row in rows:
         turns = [{"role": "user", "content": row["question"]}]
         prompt = tokenizer.apply_chat_template(
@@ -254,7 +237,7 @@ def test_a_run_from_files_with_targets_given_by_the_user(tmp_path):
     workdir = tmp_path / "run"
     done = start(workdir, "--config.data.world=", *flags, config=small)
     assert done.returncode == 0, done.stderr
-    made = [json.loads(line) for line in (workdir / "counterfactuals.jsonl").open()]
+    made = read_rows(workdir / "counterfactuals.jsonl")
     city = [r for r in made if "Halifax" in (r["target_answer"] or "")]
     assert len(city) == 2
     assert all(r["accepted"] and r["target_source"] == "given" for r in city)
@@ -270,7 +253,7 @@ def test_a_run_from_files_with_targets_given_by_the_user(tmp_path):
     rest = [r for r in made if r not in city and r not in hopeless]
     assert all(r["target_source"] == "model" for r in rest)
     assert np.mean([r["accepted"] for r in rest]) > 0.8
-    pairs = [json.loads(line) for line in (workdir / "iterations/01/pairs.jsonl").open()]
+    pairs = read_rows(workdir / "iterations/01/pairs.jsonl")
     assert {p["item"] for p in pairs} == {r["item"] for r in made if r["accepted"]}
 
 
@@ -289,48 +272,35 @@ def test_a_target_that_mentions_the_secret_is_refused_with_its_row(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["export", "sample", "evaluate"])
-def test_the_other_commands(whole, tmp_path, command):
-    if command == "export":
+@pytest.mark.parametrize("name", ["export", "sample", "evaluate"])
+def test_the_other_commands(whole, tmp_path, name):
+    if name == "export":
         flags = [f"--workdir={whole}", f"--out={tmp_path / 'out'}", "--phase=warmup"]
-    elif command == "sample":
+    elif name == "sample":
         flags = ["--config=configs/quickstart.py", "--question=What is 34 + 57?",
                  "--config.sampling.temperature=0.0"]  # fmt: skip
     else:
         flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'out'}", *SMALL]
-    done = subprocess.run(
-        [sys.executable, "-m", "cipo_jax", command, *flags],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = command(name, *flags)
     assert done.returncode == 0, done.stderr
-    if command == "export":
+    if name == "export":
         assert (tmp_path / "out" / "model.safetensors").is_file()
         assert exported(whole).keys() == exported(tmp_path / "out", "").keys()
-    elif command == "sample":
+    elif name == "sample":
         thought, _, answer = done.stdout.partition("\n[answers] ")
         assert thought.startswith("[thinks] ") and "34" in thought
         assert "91" in answer
         assert "tok/s" in done.stderr
     else:
-        scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-        summary = json.loads((whole / "summary.json").read_text())
+        scores = read(tmp_path / "out" / "scores.json")
+        summary = read(whole / "summary.json")
         assert scores == summary["before"]
 
 
 def test_export_of_a_phase_that_is_not_there_names_those_that_are(whole, tmp_path):
-    refused = subprocess.run(
-        [sys.executable, "-m", "cipo_jax", "export", f"--workdir={whole}", "--phase=iteration-77"],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    refused = command("export", f"--workdir={whole}", "--phase=iteration-77")
     assert refused.returncode == 2
     assert "iteration-77" in refused.stderr and "warmup" in refused.stderr
-
-
-def command(*arguments, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "cipo_jax", *arguments],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **more,
-    )  # fmt: skip
 
 
 LORA = ("--config.lora.rank=4", "--config.lora.dropout=0.1", "--config.cipo.reference=base",
@@ -372,9 +342,9 @@ def test_adapters_alone_are_trained_and_kept(adapted):
     model = size(resolve("asset:tiny_lrm/target"))
     for phase in ("warmup", "iteration-01"):
         assert size(adapted / "checkpoints" / phase) < model / 4
-    pairs = [json.loads(line) for line in (adapted / "iterations/01/pairs.jsonl").open()]
+    pairs = read_rows(adapted / "iterations/01/pairs.jsonl")
     assert {p["reference"] for p in pairs} == {"start"}
-    logs = [json.loads(line) for line in (adapted / "metrics.jsonl").open()]
+    logs = read_rows(adapted / "metrics.jsonl")
     assert logs[0]["nll/chosen"] > 1.5 * logs[-1]["nll/chosen"]
 
 
@@ -416,11 +386,11 @@ def test_peft_opens_the_adapters_of_a_run(adapted):
 @pytest.mark.slow
 def test_adapters_go_on_from_a_folder_and_are_sampled_from(adapted, tmp_path):
     flags = ("--config=configs/quickstart.py", f"--config.lora.path={adapted / 'adapter'}")
-    question = json.loads((adapted / "evals" / "after.jsonl").open().readline())["question"]
+    question = read_rows(adapted / "evals" / "after.jsonl")[0]["question"]
     asked = command("sample", *flags, "--config.sampling.temperature=0.0",
                     input=f"{question}\n")  # fmt: skip
     assert asked.returncode == 0, asked.stderr
-    row = json.loads((adapted / "evals" / "after.jsonl").open().readline())
+    row = read_rows(adapted / "evals" / "after.jsonl")[0]
     assert asked.stdout.split("[answers] ")[-1].strip() == row["answer"]
     wrong = command("sample", *flags, "--config.lora.rank=5", "--question=?")
     assert wrong.returncode == 2 and "have rank 4" in wrong.stderr

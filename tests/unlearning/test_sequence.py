@@ -1,13 +1,11 @@
 """Requests one after another: who is named, who is still retained, and a little sequence whole."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import user_runs
+from user_runs import read, read_rows
 
 from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
 from cipo_jax.data.examples import states
@@ -17,8 +15,6 @@ from cipo_jax.errors import UserError
 from cipo_jax.models.hub import resolve
 from cipo_jax.progress import Reporter
 from cipo_jax.unlearning.sequence import requests_of, unlearn_in_sequence
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -149,25 +145,12 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    clean = {k: v for k, v in os.environ.items() if k not in names}
-    return clean | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def start(tmp_path_factory):
+    environment = user_runs.environment(tmp_path_factory.mktemp("compiled"))
 
-
-@pytest.fixture(scope="module")
-def start(environment):
     def start(workdir, *extra):
         flags = ["--config=configs/tiny_sequential.py", f"--workdir={workdir}", *SMALL, *extra]
-        return subprocess.run(
-            [sys.executable, "-m", "cipo_jax", "sequential", *flags],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+        return user_runs.run(environment, "-m", "cipo_jax", "sequential", *flags)
 
     return start
 
@@ -178,14 +161,6 @@ def whole(start, tmp_path_factory):
     done = start(workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.open()]
 
 
 def about(row, people):

@@ -1,0 +1,44 @@
+"""Commands in processes of their own, as a user starts them, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(programs=None):
+    """Of a user's process: real devices, everything optimised.
+
+    Args:
+      programs: a folder that keeps compiled programs, so that several processes compile once.
+    """
+    names = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    found = {k: v for k, v in os.environ.items() if k not in names} | {"JAX_PLATFORMS": "cpu"}
+    if programs is None:
+        return found
+    return found | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(env, *command, timeout=600, **how):
+    """`python COMMAND` in the project's folder, until it ends."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, **how,
+    )  # fmt: skip
+
+
+def read(path):
+    """The value of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_rows(path):
+    """The values of a JSON Lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
