@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.warmup.epochs = 2.0
     config.warmup.lr = 8e-4
     config.warmup.batch = 16
-    config.warmup.retain_batch = 32
+    config.warmup.retain_batch = 48
     config.warmup.reasoning_batch = 8
 
     config.cipo.iterations = 3
@@ -25,6 +25,6 @@ def get_config(arg=None):
     config.cipo.retain_weight = 5.0
     config.train.lr = 8e-4
     config.train.batch = 16
-    config.train.retain_batch = 32
+    config.train.retain_batch = 48
     config.train.reasoning_batch = 8
     return config
