@@ -278,7 +278,7 @@ def notes_of(found, works, model, bandwidth, about, arguments, failures):
     for engine, told in about.items():
         yield (
             f"{engine}: {told['version']}; matmul {told['matmul'] / 1e9:.0f} Gflop/s; "
-            f"{told['resident']:.0f} MiB resident once loaded."
+            f"{told['resident']:.0f} MiB resident before its first workload."
         )
     for name in (name for name in works if name != FULL):
         others = [e for e in about if e != "ours" and (e, name) in found]

@@ -125,7 +125,7 @@ class DataConfig:
     reasoning_valid: str = ""  # default: reasoning
     reasoning_eval: str = ""  # default: reasoning
     # More to retain, beside `retain` or the world's facts: JSON Lines with question, cot, answer.
-    # No score asks for it.
+    # No score asks about it.
     rehearse: str = ""
     valid_rows: int = setting(64, 1)  # rows of retain_valid and of reasoning_valid that are used
     eval_rows: int = setting(0, 0)  # rows of each evaluation split that are used; 0 for all
@@ -277,8 +277,8 @@ class SequenceConfig:
     # What later requests retain beside facts and reasoning: what the model says, without a leak, to
     # the questions of earlier ones,
     replay: bool = True
-    # and how the model at the start writes what the method learns from, for so many retained
-    # questions; 0 for none.
+    # and how the model at the start writes what the method learns from, for so many questions, of
+    # which those on people who are still retained stay; 0 for none.
     skills: int = setting(300, 0)
 
 

@@ -41,4 +41,6 @@ def read(path):
 
 def read_rows(path):
     """The values of a JSON Lines file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    # As the package writes them: texts may hold other characters that end a line.
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

@@ -34,6 +34,7 @@ class Splits:
     reasoning_valid: tuple[Example, ...]
     reasoning_eval: tuple[Example, ...]
     words: frozenset[str]  # every word that a fluent text about these things may use
+    rehearse: tuple[Example, ...] = ()  # retained as well, and nothing is scored by it
     forgotten_people: frozenset[str] = frozenset()  # of a tiny world
 
     def named(self) -> Iterator[tuple[str, tuple[Example, ...]]]:
@@ -63,7 +64,8 @@ class Splits:
         """Words of any answer, alias, fact or target answer, in lower case."""
         phrases = {
             phrase
-            for _, examples in self.named()
+            for name, examples in self.named()
+            if name != "rehearse"  # Their answers may be anything, "I do not know" among them.
             for example in examples
             for phrase in (*example.forbidden, example.target_answer or "")
         }
@@ -88,9 +90,11 @@ def load_splits(config: Config) -> Splits:
     splits = _from_world(config) if config.data.world else _from_files(config)
     valid, evals = config.data.valid_rows, config.data.eval_rows
     more = tuple(read_examples(config.data.rehearse, ("cot",))) if config.data.rehearse else ()
+    said = {w for e in more for text in (e.cot or "", e.answer) for w in normalised_words(text)}
     return dataclasses.replace(
         splits,
-        retain=(*splits.retain, *more),
+        rehearse=more,
+        words=splits.words | said,
         retain_valid=spread(splits.retain_valid, valid),
         reasoning_valid=spread(splits.reasoning_valid, valid),
         forget_eval=spread(splits.forget_eval, evals),

@@ -110,7 +110,8 @@ def written_examples(
 
     Returns:
       Rows {"about": the question, "question": the prompt, "cot", "answer"}, two for each example
-      that came out well: naming another answer, where the model does so, and reasoning to it.
+      that came out well: naming another answer, where the model does so and thinks about it, and
+      reasoning to it.
     """
     items = [_start(engine, i, e) for i, e in enumerate(examples)]
     _try(engine, params, items, name, 0)
@@ -120,7 +121,7 @@ def written_examples(
             (_target_prompt(engine, item), item.named),
             (_trace_prompt(engine, item), item.accepted),
         ):
-            if item.accepted is not None and row is not None:
+            if item.accepted is not None and row is not None and row["cot"].strip():
                 example = {"about": item.example.question, "question": prompt}
                 rows.append(example | {k: row[k] for k in ("cot", "answer")})
     return rows
@@ -240,7 +241,9 @@ def _draw_traces(
     )
 
 
-def text_faults(candidate: Row, example: Example, target: str, min_distinct: float) -> list[str]:
+def text_faults(
+    candidate: Row, example: Example, target: str, min_distinct: float, min_words: int = 3
+) -> list[str]:
     """Why the text of a candidate cannot be accepted; empty where it can.
 
     Args:
@@ -248,6 +251,7 @@ def text_faults(candidate: Row, example: Example, target: str, min_distinct: flo
       example: the forget question.
       target: the answer that the trace should lead to.
       min_distinct: distinct words / words of the trace, at least.
+      min_words: of the trace, at least; 1 or more.
     """
     faults = []
     if not candidate["closed"]:
@@ -260,7 +264,7 @@ def text_faults(candidate: Row, example: Example, target: str, min_distinct: flo
         if any(states(candidate[part], fact, example.question) for part in ("cot", "answer")):
             faults.append(f"mentions the forgotten {fact!r}")
     words = normalised_words(candidate["cot"])
-    if len(words) < 3:
+    if len(words) < min_words:
         faults.append("degenerate: hardly a word of reasoning")
     elif len(set(words)) / len(words) < min_distinct:
         faults.append("degenerate: repeats its words")

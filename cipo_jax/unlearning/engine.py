@@ -368,7 +368,7 @@ def _check_lengths(config: Config, model: ReasoningModel, splits: Splits) -> Non
                     f"{name}, example {number}: its prompt has {tokens} tokens, "
                     f"config.data.max_prompt_tokens is {limits.max_prompt_tokens}"
                 )
-            if name not in ("retain", "reasoning"):
+            if name not in ("retain", "reasoning", "rehearse"):
                 continue
             tokens = len(model.format.completion_ids(example.cot or "", example.answer))
             if tokens > limits.max_completion_tokens:

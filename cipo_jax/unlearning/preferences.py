@@ -135,7 +135,7 @@ def retained_batches(
       phase: number of the phase, which decides the order.
     """
     groups = {
-        "retain": (engine.splits.retain, settings.retain_batch),
+        "retain": ((*engine.splits.retain, *engine.splits.rehearse), settings.retain_batch),
         "reasoning": (engine.splits.reasoning, settings.reasoning_batch),
     }
     streams = {}

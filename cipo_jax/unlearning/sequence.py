@@ -3,11 +3,15 @@
 Two things are lost on the way unless something keeps them: what was forgotten earlier comes back,
 and the model no longer writes what the next request learns from. So later requests also retain what
 the model says, without a leak, to the questions of earlier ones (`config.sequence.replay`), and how
-the model at the start writes counterfactuals about who is retained (`config.sequence.skills`).
+the model at the start writes counterfactuals about who is retained (`config.sequence.skills`). The
+method retains them as it retains facts: by these texts, or by what the model that comes in makes of
+them.
 What a request is given of these holds nothing that it or an earlier one is to forget.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -53,6 +57,7 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
       who is still retained, and of reasoning, "own": leak of this request's people}]}; also in
       sequence.json.
     """
+    config = methods.configured(config)
     wanted = requests_of(config)
     if methods.find(config.method).loop == "none":
         raise UserError(f"config.method = {config.method!r}: trains nothing; choose another")
@@ -77,7 +82,8 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
 
     if config.data.rehearse:
         raise UserError("config.data.rehearse: a sequence makes its own; see config.sequence")
-    root = Engine.open(settings(0, config.model.path), workdir, reporter)
+    # Requests are given paths in it, which are part of their settings.
+    root = Engine.open(settings(0, config.model.path), Path(workdir).resolve(), reporter)
     root.folder.listen()
 
     def start() -> Row:
@@ -93,7 +99,7 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
         engine = root.child(settings(number, path, rehearse), root.folder.path / name, reporter)
         engine.folder.listen()
         told.append({"people": people} | _request(engine))
-        if config.sequence.replay:
+        if _retains(config) and config.sequence.replay:
             said += engine.folder.read_rows("said.jsonl")
         all_, own = told[-1]["all"], told[-1]["own"]
         reporter.line(
@@ -108,13 +114,21 @@ def unlearn_in_sequence(config: Config, workdir: str, reporter: Reporter) -> Row
     return result
 
 
+def _retains(config: Config) -> bool:
+    """Whether the method trains on what is retained."""
+    method = methods.find(config.method)
+    if method.loop == "iterative":
+        return config.cipo.retain_weight > 0
+    return method.settings(config.baseline).retain != "none"
+
+
 def _skills(root: Engine) -> list[Row]:
     """skills.jsonl: how the model at the start writes what the method learns from."""
     config, file = root.config, "skills.jsonl"
     method, count = methods.find(config.method), config.sequence.skills
     refuses = method.target == "refusal" and not config.baseline.refusals
     writes = method.loop == "iterative" or method.target in ("counterfactual", "alternates")
-    if not count or not (writes or refuses):
+    if not (count and _retains(config) and (writes or refuses)):
         return []
     if refuses:
         settings = dataclasses.replace(config.counterfactual, strategy="refusal")
@@ -127,7 +141,8 @@ def _skills(root: Engine) -> list[Row]:
         root.folder.write_rows(file, rows)
         return {"asked": len(about), "rows": len(rows)}
 
-    root.folder.once("skills", make, [file])
+    found = root.folder.once("skills", make, [file])
+    root.reporter.line(f"skills: {found['rows']} examples from {found['asked']} questions")
     return root.folder.read_rows(file)
 
 
@@ -135,12 +150,37 @@ def _rehearsal(root: Engine, name: str, splits: Splits, skills: list[Row], said:
     """Path of what a request retains beside facts and reasoning; "" for nothing."""
     retained, file = {example.question for example in splits.retain}, f"rehearsal/{name}.jsonl"
     rows = [row for row in skills if row["about"] in retained] + said
-    if not rows:
-        return ""
     fields = ("question", "cot", "answer")
-    examples = [{field: row[field] for field in fields} for row in rows]
+    examples = [{field: row[field] for field in fields} for row in rows if _fits(root, row)]
+    if not examples:
+        return ""
     root.folder.once(f"rehearsal/{name}", lambda: root.folder.write_rows(file, examples), [file])
     return str(root.folder.path / file)
+
+
+def _fits(engine: Engine, row: Row) -> bool:
+    """Whether it is as short as what is trained on has to be."""
+    format, limits = engine.model.format, engine.config.data
+    return (
+        len(format.prompt_ids(row["question"])) <= limits.max_prompt_tokens
+        and len(format.completion_ids(row["cot"], row["answer"])) <= limits.max_completion_tokens
+    )
+
+
+def clean_answer(row: Row, example: Example, max_new_tokens: int, min_distinct: float) -> bool:
+    """Whether a model may learn again what it says: it ends, leaks nothing, does not break down.
+
+    Args:
+      row: of `Engine.evaluate`.
+      example: the forget question.
+      max_new_tokens: where generations are cut.
+      min_distinct: distinct words / words of the thought, at least.
+    """
+    stopped = row["tokens"] < max_new_tokens
+    # A refusal may be as short as its one word.
+    return not text_faults(
+        row | {"stopped": stopped}, example, row["answer"], min_distinct, min_words=1
+    )
 
 
 def _request(engine: Engine) -> Row:
@@ -149,15 +189,17 @@ def _request(engine: Engine) -> Row:
     best = best_of(records)["iteration"]
     run.export(iteration_name(best))
 
-    def ask(title: str, splits: Splits | None) -> tuple[list[Row], Row]:
-        """Generations of the model that is kept, on a split's questions, judged."""
-        asked = splits.for_evaluation() if splits else {"forget": engine.splits.forget}
-        return engine.evaluate(title, title, run.model(iteration_name(best)), asked)
+    def ask(
+        part: str, title: str, splits: Mapping[str, Sequence[Example]]
+    ) -> tuple[list[Row], Row]:
+        """Generations of the model that is kept, judged."""
+        return engine.evaluate(part, title, run.model(iteration_name(best)), splits)
 
     def make() -> Row:
         both = f"{config.forget.people}, {config.forget.earlier}".strip(", ")
         forget = dataclasses.replace(config.forget, people=both, earlier="")
-        rows, scores = ask("all so far", load_splits(dataclasses.replace(config, forget=forget)))
+        splits = load_splits(dataclasses.replace(config, forget=forget))
+        rows, scores = ask("all", "all so far", splits.for_evaluation())
         engine.folder.write_rows("evals/all.jsonl", rows)
         asked = {e.question for e in engine.splits.forget_eval}
         own = [r for r in rows if r["split"] == "forget" and r["question"] in asked]
@@ -165,20 +207,18 @@ def _request(engine: Engine) -> Row:
         return {"round": best, "all": scores, "own": {"leak": sum(leaks) / len(leaks)}}
 
     def say() -> Row:
-        rows, _ = ask("what is said now", None)
-        kept = [row for row in map(_clean, rows, engine.splits.forget) if row]
+        rows, _ = ask("said", "what is said now", {"forget": engine.splits.forget})
+        limits = config.eval.max_new_tokens, config.counterfactual.min_distinct
+        kept = [
+            {key: row[key] for key in ("question", "cot", "answer")}
+            for row, example in zip(rows, engine.splits.forget, strict=True)
+            if clean_answer(row, example, *limits)
+        ]
         engine.folder.write_rows("said.jsonl", kept)
         return {"asked": len(rows), "clean": len(kept)}
 
-    def _clean(row: Row, example: Example) -> Row | None:
-        """The fields of an example, if the text has no fault that a counterfactual may not have."""
-        stopped = row["tokens"] < config.eval.max_new_tokens
-        faults = text_faults(
-            row | {"stopped": stopped}, example, row["answer"], config.counterfactual.min_distinct
-        )
-        return None if faults else {k: row[k] for k in ("question", "cot", "answer")}
-
     told = engine.folder.once("all", make, ["evals/all.jsonl"])
-    if config.sequence.replay:
-        engine.folder.once("said", say, ["said.jsonl"])
+    if _retains(config) and config.sequence.replay:
+        found = engine.folder.once("said", say, ["said.jsonl"])
+        engine.reporter.line(f"replay: {found['clean']} of {found['asked']} answers are clean")
     return told

@@ -65,16 +65,18 @@ def test_target_answers_are_fact_words(files, tmp_path):
     assert {"sunday", "evening"} <= _load(**files).fact_words
 
 
-def test_what_is_rehearsed_is_retained_and_nothing_is_scored_by_it(files, tmp_path):
+def test_what_is_rehearsed_stands_apart_and_nothing_is_scored_by_it(files, tmp_path):
     more = _write(tmp_path / "more.jsonl", ["M1?", "M2?"], cot="so said")
     plain, splits = _load(**files), _load(**files, rehearse=more)
-    assert _questions(splits.retain) == [*_questions(plain.retain), "M1?", "M2?"]
-    assert (splits.retain[-1].cot, splits.retain[-1].answer) == ("so said", "answer to M2?")
+    assert plain.rehearse == () and _questions(splits.rehearse) == ["M1?", "M2?"]
+    assert (splits.rehearse[1].cot, splits.rehearse[1].answer) == ("so said", "answer to M2?")
     for (name, before), (_, after) in zip(plain.named(), splits.named(), strict=True):
-        assert name == "retain" or before == after
-    world = Config(data=DataConfig(rehearse=more))
-    assert _questions(load_splits(world).retain)[-2:] == ["M1?", "M2?"]
-    assert load_splits(world).retain_valid == load_splits(Config()).retain_valid
+        assert name == "rehearse" or before == after
+    assert splits.words - plain.words == {"said", "m1", "m2"}
+    assert splits.fact_words == plain.fact_words
+    world, bare = Config(data=DataConfig(rehearse=more)), load_splits(Config())
+    assert load_splits(world).rehearse == splits.rehearse
+    assert load_splits(world).retain == bare.retain
 
 
 def test_what_is_rehearsed_is_worked_out(files, tmp_path):
@@ -148,7 +150,7 @@ def test_validation_and_evaluation_are_limited_and_training_is_not(files):
     assert {name: len(rows) for name, rows in splits.named()} == {
         "forget": 2, "forget_valid": 2, "forget_eval": 2,
         "retain": 9, "retain_valid": 3, "retain_eval": 2,
-        "reasoning": 5, "reasoning_valid": 3, "reasoning_eval": 2,
+        "reasoning": 5, "reasoning_valid": 3, "reasoning_eval": 2, "rehearse": 0,
     }  # fmt: skip
     assert _questions(splits.retain_valid) == ["R0?", "R3?", "R6?"]
     assert _questions(splits.retain_eval) == ["R0?", "R4?"]

@@ -24,7 +24,7 @@ def arm(place, count):
         seen += 1
         return seen == count
 
-    if place in ("counterfactuals", "rollouts"):
+    if place in ("counterfactuals", "rollouts", "skills", "said"):
         in_parts = RunFolder.in_parts
 
         def patched(self, name, count, work, *args):

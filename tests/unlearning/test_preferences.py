@@ -1,12 +1,17 @@
 """Which rollouts are pushed away, and that pairs weigh what they should."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cipo_jax import losses
-from cipo_jax.unlearning.preferences import make_pairs
+from cipo_jax.config import Config, TrainConfig
+from cipo_jax.data.examples import Example
+from cipo_jax.models.reasoning_model import ReasoningModel
+from cipo_jax.unlearning.preferences import make_pairs, retained_batches
 
 COUNTERFACTUALS = [
     {"item": 0, "accepted": True, "trace": "t", "answer": "a", "completion_ids": [5, 6]},
@@ -64,3 +69,21 @@ def test_weights_are_factors_in_the_mean_over_pairs(loss):
     gradient = jax.grad(loss)(chosen, rejected, weights)
     assert gradient[1] == 0.0
     assert abs(gradient[0]) > 0.0
+
+
+def test_what_is_rehearsed_is_retained_with_the_facts():
+    def rows(word, count):
+        return tuple(Example(f"{word} {i}", "9", cot=f"so {i}") for i in range(count))
+
+    splits = SimpleNamespace(retain=rows("fact", 3), rehearse=rows("skill", 2), reasoning=())
+    model = ReasoningModel.open("asset:tiny_lrm/target")
+    engine = SimpleNamespace(splits=splits, model=model, config=Config())
+    at = retained_batches(engine, TrainConfig(retain_batch=5), phase=1)
+    wanted = {
+        tuple(model.format.prompt_ids(e.question)) for e in (*splits.retain, *splits.rehearse)
+    }
+    for step in range(3):  # A pass over all five.
+        batch = at(step)
+        assert set(batch) == {"retain"}
+        drawn = batch["retain"].tokens
+        assert {next(p for p in wanted if tuple(r[: len(p)]) == p) for r in drawn} == wanted

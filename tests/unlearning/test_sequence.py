@@ -1,6 +1,7 @@
 """Requests one after another: who is named, who is still retained, and a little sequence whole."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,13 @@ import user_runs
 from user_runs import read, read_rows
 
 from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
-from cipo_jax.data.examples import states
+from cipo_jax.data.examples import Example, states
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
 from cipo_jax.models.hub import resolve
 from cipo_jax.progress import Reporter
-from cipo_jax.unlearning.sequence import requests_of, unlearn_in_sequence
+from cipo_jax.unlearning.sequence import clean_answer, requests_of, unlearn_in_sequence
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,34 @@ def test_a_sequence_makes_its_own_rehearsal(tmp_path):
         unlearn_in_sequence(given, str(tmp_path), Reporter())
 
 
+def test_methods_of_plugins_are_known(tmp_path):
+    bare = dataclasses.replace(config_of(), plugins="no_such_plugin", method="its_method")
+    with pytest.raises(UserError, match=r"config\.plugins: 'no_such_plugin' cannot be imported"):
+        unlearn_in_sequence(bare, str(tmp_path), Reporter())
+
+
+# ---- what is said again
+
+
+def said(cot="They ask for the city. So it is Pune.", answer="Pune", closed=True, tokens=9):
+    row = {"cot": cot, "answer": answer, "closed": closed, "tokens": tokens}
+    example = Example("Where was Ada born?", "Braga", facts=("Lisbon",))
+    return clean_answer(row, example, max_new_tokens=20, min_distinct=0.3)
+
+
+def test_an_answer_that_leaks_or_breaks_down_is_not_learned_again():
+    assert said()
+    assert said("unknown", "unknown")  # what some methods teach
+    assert not said(answer="Braga")
+    assert not said(cot="Ada was born in Braga. So it is Pune.")
+    assert not said(cot="Far from Lisbon. So it is Pune.")
+    assert not said(closed=False, answer="")
+    assert not said(tokens=20)  # cut
+    assert not said(cot="")
+    assert not said(answer="")
+    assert not said(cot="Pune Pune Pune Pune Pune Pune")
+
+
 # ---- who was forgotten earlier
 
 
@@ -126,9 +155,10 @@ def test_who_was_forgotten_earlier_has_to_exist_and_leave_somebody(names):
 # ---- two requests of one person
 
 
+HERE = Path(__file__).parent
 SMALL = (
     "--config.method=kd",  # It learns from counterfactuals, so that it has a skill to keep.
-    "--config.sequence.skills=6",
+    "--config.sequence.skills=12",
     "--config.counterfactual.candidates=2",
     "--config.sequence.requests=2",
     "--config.sequence.people=1",
@@ -148,9 +178,10 @@ SMALL = (
 def start(tmp_path_factory):
     environment = user_runs.environment(tmp_path_factory.mktemp("compiled"))
 
-    def start(workdir, *extra):
+    def start(workdir, *extra, place="", count=0):
+        program = [HERE / "killed_run.py", place, count] if place else ["-m", "cipo_jax"]
         flags = ["--config=configs/tiny_sequential.py", f"--workdir={workdir}", *SMALL, *extra]
-        return user_runs.run(environment, "-m", "cipo_jax", "sequential", *flags)
+        return user_runs.run(environment, *program, "sequential", *flags)
 
     return start
 
@@ -193,8 +224,8 @@ def test_later_requests_retain_what_is_said_of_earlier_ones_and_how_to_write(who
     workdir, _ = whole
     (first,), (second,) = requests_of(config_of(2, 1))
     skills = read_rows(workdir / "skills.jsonl")
-    assert {len(r["about"]) > 0 for r in skills} == {True} and len(skills) > 4
-    assert len(skills) <= 12 and len({r["question"] for r in skills}) == len(skills)
+    assert 8 < len(skills) <= 24 and len({r["question"] for r in skills}) == len(skills)
+    assert any(about(r, (second,)) for r in skills) and not any(about(r, (first,)) for r in skills)
     assert all(r["question"].startswith(r["about"]) and r["cot"] and r["answer"] for r in skills)
     said = read_rows(workdir / "request-01" / "said.jsonl")
     assert said and all(first in r["question"] for r in said)
@@ -267,15 +298,17 @@ def test_a_finished_sequence_started_again_changes_nothing(whole, start):
 
 
 @pytest.mark.slow
-def test_a_request_that_is_undone_comes_to_the_same(whole, start, tmp_path):
-    """As if the process had been killed in the middle of the second request."""
-    workdir, _ = whole
-    before = read(workdir / "sequence.json")
-    second = workdir / "request-02"
-    second.rename(tmp_path / "request-02")
-    (workdir / "sequence.json").unlink()
-    again = start(workdir)
-    assert again.returncode == 0, again.stderr
-    assert read(workdir / "sequence.json") == before
-    tensors = "export/model.safetensors"
-    assert (second / tensors).read_bytes() == (tmp_path / "request-02" / tensors).read_bytes()
+def test_a_sequence_killed_over_its_rehearsal_comes_to_the_same(whole, start, tmp_path):
+    there, here = whole[0], tmp_path / "run"
+    for place in ("skills", "said"):
+        assert start(here, place=place, count=3).returncode == -signal.SIGKILL
+    done = start(here)
+    assert done.returncode == 0, done.stderr
+    for file in (
+        "sequence.json",
+        "skills.jsonl",
+        "rehearsal/request-02.jsonl",
+        "request-01/said.jsonl",
+        "request-02/export/model.safetensors",
+    ):
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
