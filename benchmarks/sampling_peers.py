@@ -19,12 +19,11 @@ since others have other environments. Every engine works in float32.
   what the config says, or other numbers would come out.
 """
 
-import gc
 import json
 import sys
 from pathlib import Path
 
-from peer import Compiles, jax_matmul, serve, status, timed, torch_matmul
+from peer import Compiles, give_back, jax_matmul, serve, status, timed, torch_matmul
 
 
 class Ours:
@@ -187,13 +186,13 @@ ENGINES = {"ours": Ours, "transformers": Transformers, "tunix": Tunix}
 
 
 def about(engine):
-    gc.collect()
+    give_back()
     return {"version": engine.version, "resident": status("VmRSS")}
 
 
 def answer(engine, workload):
     prompts, lengths, samples = (workload[k] for k in ("prompts", "lengths", "samples"))
-    gc.collect()
+    give_back()
     made, told = timed(engine.compiles, engine.run, prompts, lengths, samples)
     wanted = [length for length in lengths for _ in range(samples)]
     if [len(row) for row in made] != wanted:

@@ -22,14 +22,11 @@ The steps of torch around the loss are the same in all four: backward, `clip_gra
 AdamW, gradients set to None.
 """
 
-import contextlib
-import ctypes
-import gc
 import json
 import sys
 import tempfile
 
-from peer import Compiles, jax_matmul, serve, status, timed, torch_matmul
+from peer import Compiles, give_back, jax_matmul, serve, status, timed, torch_matmul
 
 
 class Ours:
@@ -235,13 +232,6 @@ ENGINES = {
     "trl": Trl,
     "trl-default": lambda *how: Trl(*how, reference=True),
 }
-
-
-def give_back():
-    """Returns freed memory to the kernel, so that what stays is what is in use."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def faults():

@@ -71,6 +71,29 @@ def _threshold_of_likely(probs: Float[Array, "*B V"], top_p: float) -> Float[Arr
     )
 
 
+def most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The index of the greatest entry, the first of equals.
+
+    XLA's argmax over a vocabulary is a slow loop on CPU; there the greatest block is found first,
+    by a plain maximum, and then the entry within it, in a twentieth of the time.
+    """
+    return jax.lax.platform_dependent(
+        logits,
+        cpu=_most_likely_by_blocks,
+        default=lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
+    )
+
+
+def _most_likely_by_blocks(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    rows, vocabulary = logits.shape
+    # One that leaves no rest: padding would copy the logits.
+    size = max(n for n in range(1, 2 * _BLOCK + 1) if vocabulary % n == 0)
+    blocks = logits.reshape(rows, vocabulary // size, size)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * size + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+
+
 def top_k_mask(logits: Float[Array, "*B V"], top_k: int) -> Bool[Array, "*B V"]:
     """The `top_k` most likely tokens, and whatever ties with the last of them."""
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
@@ -164,23 +187,28 @@ def draw(
         allowed = penalise(allowed, seen, repetition_penalty)
     if 0 < vocabulary < logits.shape[-1]:
         allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, allowed, -jnp.inf)
+    total = None  # log-sum-exp of the logits themselves
     if temperature == 0.0:
-        ids = jnp.argmax(allowed, axis=-1)
+        ids = most_likely(allowed)
         drawn_logps = jnp.zeros(ids.shape, jnp.float32)
     else:
-        warm = allowed / temperature
+        warm = allowed if temperature == 1.0 else allowed / temperature
         if top_k:
             warm = jnp.where(top_k_mask(warm, top_k), warm, -jnp.inf)
         if top_p < 1.0:
             warm = jnp.where(top_p_mask(warm, top_p), warm, -jnp.inf)
         if min_p > 0.0:
             warm = jnp.where(min_p_mask(warm, min_p), warm, -jnp.inf)
-        ids, total = categorical(warm, keys)
-        drawn_logps = _at(warm, ids) - total
+        ids, warm_total = categorical(warm, keys)
+        drawn_logps = _at(warm, ids) - warm_total
+        if warm is logits:  # No rule has changed anything, so that they need not be summed again.
+            total = warm_total
     if forced is not None:
         drawn_logps = jnp.where(forced >= 0, 0.0, drawn_logps)
         ids = jnp.where(forced >= 0, forced, ids)
-    logps = _at(logits, ids) - jax.nn.logsumexp(logits, axis=-1)
+    if total is None:
+        total = jax.nn.logsumexp(logits, axis=-1)
+    logps = _at(logits, ids) - total
     return ids.astype(jnp.int32), logps, drawn_logps
 
 

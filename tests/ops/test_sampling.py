@@ -96,6 +96,16 @@ def chi_square(ids, probs):
     return float(np.sum((counts - expected) ** 2 / expected))
 
 
+@pytest.mark.parametrize("vocabulary", [1, 2, 97, 512, 1000, 1024, 49152])
+def test_the_most_likely_token_is_the_first_of_the_greatest(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    # Few values, so that there are ties in a block and between blocks.
+    logits = rng.integers(-3, 4, (9, vocabulary)).astype(np.float32)
+    logits[0], logits[1] = -np.inf, 0.0
+    logits[2, vocabulary // 2 :] = -np.inf
+    np.testing.assert_array_equal(jax.jit(sampling.most_likely)(logits), np.argmax(logits, axis=-1))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
 def test_draws_follow_the_tempered_distribution(temperature):
     row = np.array([1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 0.9, -0.1])
@@ -145,10 +155,12 @@ def test_a_row_owes_nothing_to_the_others():
     assert not np.array_equal(rekeyed, ids)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_logps_are_those_of_the_model_itself(temperature):
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(0.0, 0.7), (0.5, 0.7), (0.5, 1.0), (1.0, 0.7), (1.0, 1.0)]
+)
+def test_logps_are_those_of_the_model_itself(temperature, top_p):
     logits = random_logits("normal", 16, 37)
-    ids, logps, _ = draw(logits, jax.random.split(jax.random.key(5), 16), temperature, 0.7)
+    ids, logps, _ = draw(logits, jax.random.split(jax.random.key(5), 16), temperature, top_p)
     exact = logits.astype(np.float64)
     wanted = exact[np.arange(16), ids] - np.log(np.exp(exact).sum(-1))
     # Float32, numbers below 20.
