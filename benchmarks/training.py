@@ -182,7 +182,7 @@ def notes_of(rows, found, about, model, job, useful, arguments, failures):
         yield f"{name}: {told['version']}; matmul {told['matmul'] / 1e9:.0f} Gflop/s."
     if not any(name.startswith("trl") for name in found):
         yield "TRL was not there: torch computes the same formula, written in torch."
-    if rows:
+    if len(rows) > 1:
         steps = list(zip(*(row["losses"] for row in rows), strict=True))
         apart = max(max(losses) - min(losses) for losses in steps)
         text = "agree" if apart <= AGREE else "DO NOT AGREE"
