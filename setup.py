@@ -54,7 +54,6 @@ setup(
     },
     entry_points={"console_scripts": ["cipo = cipo_jax.__main__:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
