@@ -24,27 +24,14 @@ reference base: cipo.reference=base
 def get_config(arg=None):
     """The ablation's settings; it takes no argument."""
     del arg
-    config = tiny_world.tiny_config()
-    config.model.remat = "none"
-    config.data.valid_rows = 48
+    config = tiny_world.compared_config()
 
     config.train.epochs = 0.5
-    config.train.batch = 16
-    config.train.retain_batch = 32
-    config.train.reasoning_batch = 8
-    config.train.lr = 8e-4
     config.cipo.leak_goal = 1.0  # The round of highest harmonic mean of 1 - leak and utility.
     config.cipo.patience = 2  # Both iterations, whatever the first has come to.
 
     config.warmup.epochs = 1.0
-    config.warmup.lr = 8e-4
-    config.warmup.batch = 16
-    config.warmup.retain_batch = 32
-    config.warmup.reasoning_batch = 8
     config.cipo.iterations = 2
-    config.cipo.samples = 1
-    config.cipo.nll_weight = 1.0
-    config.cipo.retain_weight = 5.0
 
     config.compare.variants = VARIANTS
     config.compare.workers = 2

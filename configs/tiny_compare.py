@@ -14,17 +14,11 @@ def get_config(arg=None):
     Args:
       arg: "smoke" for few questions, one seed, one learning rate.
     """
-    config = tiny_world.tiny_config()
-    config.model.remat = "none"
-    config.data.valid_rows = 48
+    config = tiny_world.compared_config()
 
     # A round, or an iteration, is half an epoch over the forget questions, and every method has two
     # epochs: four rounds, or CiPO's warm-up and two iterations.
     config.train.epochs = 0.5
-    config.train.batch = 16
-    config.train.retain_batch = 32
-    config.train.reasoning_batch = 8
-    config.train.lr = 8e-4
     config.baseline.rounds = 4
     # Of all rounds and rates validation keeps the one of highest harmonic mean of 1 - leak and
     # utility; nobody stops early, since what is lost in one round may heal in the next.
@@ -32,14 +26,7 @@ def get_config(arg=None):
     config.cipo.patience = 4
 
     config.warmup.epochs = 1.0
-    config.warmup.lr = 8e-4
-    config.warmup.batch = 16
-    config.warmup.retain_batch = 32
-    config.warmup.reasoning_batch = 8
     config.cipo.iterations = 2
-    config.cipo.samples = 1
-    config.cipo.nll_weight = 1.0
-    config.cipo.retain_weight = 5.0
 
     # The same weight for what every method keeps. With weights of 1 or less, as papers have it for
     # large models, GradDiff, NPO and TRU lose all the other people here: 0 to 5 % are left.

@@ -9,22 +9,10 @@ from cipo_jax.data import tiny_world
 def get_config(arg=None):
     """The settings; it takes no argument."""
     del arg
-    config = tiny_world.tiny_config()
-    config.model.remat = "none"
-    config.data.valid_rows = 48
+    config = tiny_world.compared_config()
 
     config.warmup.epochs = 2.0
-    config.warmup.lr = 8e-4
-    config.warmup.batch = 16
-    config.warmup.retain_batch = 48
-    config.warmup.reasoning_batch = 8
-
     config.cipo.iterations = 3
-    config.cipo.samples = 1
-    config.cipo.nll_weight = 1.0
-    config.cipo.retain_weight = 5.0
-    config.train.lr = 8e-4
-    config.train.batch = 16
-    config.train.retain_batch = 48
-    config.train.reasoning_batch = 8
+    # What is rehearsed shares their batch with facts that are retained.
+    config.warmup.retain_batch = config.train.retain_batch = 48
     return config

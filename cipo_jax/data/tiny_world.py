@@ -255,6 +255,21 @@ def tiny_config() -> ConfigDict:
     return config
 
 
+def compared_config() -> ConfigDict:
+    """Where the comparison, the ablation and the sequence start: batches, rates and weights."""
+    config: Any = tiny_config()
+    config.model.remat = "none"
+    config.data.valid_rows = 48
+
+    for phase in (config.warmup, config.train):
+        phase.lr = 8e-4
+        phase.batch, phase.retain_batch, phase.reasoning_batch = 16, 32, 8
+    config.cipo.samples = 1
+    config.cipo.nll_weight = 1.0
+    config.cipo.retain_weight = 5.0
+    return config
+
+
 def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
     """Draws a world; names and values repeat as little as the pools allow."""
     rng = np.random.default_rng((seed, 1))
