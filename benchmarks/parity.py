@@ -25,7 +25,7 @@ from golden import make_decoder_golden as golden
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
 from cipo_jax.models.hf_config import read_config
 from cipo_jax.models.safetensors_io import load_params
-from cipo_jax.sampling.decode import Rules, generate
+from cipo_jax.sampling.decode import SamplingParams, generate
 
 DOCUMENT = Document("models.md", "parity")
 
@@ -42,7 +42,7 @@ def logits_of(config, compute, params, tokens):
 def greedy(config, params, prompts, lengths):
     layout = decoding_layout(config, params, "float32")
     keys = jax.random.split(jax.random.key(0), (len(lengths), 1))
-    rules = Rules(golden.NEW, stop_ids=())
+    rules = SamplingParams(golden.NEW, stop_ids=())
     return generate(config, Compute(), rules, layout, prompts, lengths, keys).ids[:, 0]
 
 

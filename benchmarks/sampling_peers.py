@@ -45,14 +45,14 @@ class Ours:
         self.key = jax.random.key(0)
 
     def run(self, prompts, lengths, samples):
-        from cipo_jax.sampling.decode import Rules
+        from cipo_jax.sampling.decode import SamplingParams
         from cipo_jax.sampling.sampler import Request
 
         requests = [
             Request(prompt, item, max_new_tokens=length)
             for item, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
-        rules = Rules(max(lengths), stop_ids=(), temperature=1.0 if samples > 1 else 0.0)
+        rules = SamplingParams(max(lengths), stop_ids=(), temperature=1.0 if samples > 1 else 0.0)
         made = self.sampler.sample(self.params, requests, rules, self.key, samples)
         return [completion.ids for request in made for completion in request]
 

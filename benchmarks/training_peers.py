@@ -35,7 +35,7 @@ class Ours:
         import numpy as np
 
         from cipo_jax.config import CipoConfig, ThinkConfig, TrainConfig
-        from cipo_jax.data.batches import Encoded, collate, shape_of
+        from cipo_jax.data.batches import TokenizedExample, collate, shape_of
         from cipo_jax.models.decoder import Compute
         from cipo_jax.models.reasoning_model import ReasoningModel
         from cipo_jax.training.mesh import make_mesh
@@ -63,7 +63,10 @@ class Ours:
             policy, preference_objective(loss), make_optimizer(settings, 1), mesh
         )
         rows = [
-            (Encoded(pair["prompt"], pair["chosen"]), Encoded(pair["prompt"], pair["rejected"]))
+            (
+                TokenizedExample(pair["prompt"], pair["chosen"]),
+                TokenizedExample(pair["prompt"], pair["rejected"]),
+            )
             for pair in job["pairs"]
         ]
         flat = [row for pair in rows for row in pair]
@@ -157,8 +160,8 @@ class Torch:
         seen = self.inputs["attention_mask"]
         logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits[:, :-1]
         logps = torch.log_softmax(logits, dim=-1)
-        labelled = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return (labelled * mask).sum(dim=1)
+        labeled = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return (labeled * mask).sum(dim=1)
 
     def loss(self):
         import torch

@@ -50,7 +50,7 @@ class LoraConfig:
     alpha: float = setting(16.0, 0.0)  # the adapters' product is weighted by alpha / rank
     targets: str = "all-linear"  # or names, comma-separated: q_proj, k_proj, v_proj, o_proj, ...
     dropout: float = setting(0.0, 0.0, 0.99)  # of the adapters' inputs, in training
-    rank_stabilised: bool = False  # alpha / sqrt(rank) instead
+    rank_stabilized: bool = False  # alpha / sqrt(rank) instead
     path: str = ""  # a PEFT folder of adapters to start from; rank, alpha and targets are theirs
 
 
@@ -284,7 +284,7 @@ class SequenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation of one phase. A phase starts with a fresh optimizer and its own schedule."""
+    """Optimization of one phase. A phase starts with a fresh optimizer and its own schedule."""
 
     epochs: float = setting(1.0, 0.0)  # passes over the pairs (or counterfactuals)
     batch: int = setting(16, 1)  # pairs (or counterfactuals) in a step

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from cipo_jax.config import Config, PretrainConfig, parse
-from cipo_jax.data.batches import Sequences
+from cipo_jax.data.batches import CompletionBatch
 from cipo_jax.models.decoder import abstract_params, decoding_layout
 from cipo_jax.models.hf_config import decoder_config
 from cipo_jax.models.lora import abstract_adapters, assemble, lora_of
 from cipo_jax.models.reasoning_model import compute_of
-from cipo_jax.sampling.decode import Rules, generate
+from cipo_jax.sampling.decode import SamplingParams, generate
 from cipo_jax.training.mesh import abstract_on, decoding_shardings, make_mesh
 from cipo_jax.training.optimizer import make_optimizer
 from cipo_jax.training.step import Policy, Trainer
@@ -79,7 +79,7 @@ def test_the_argument_is_the_folder_of_the_data(name):
 
 
 def rows(mesh, config, batch, *sides):
-    """Sequences of the longest lengths that the config lets through, as shapes."""
+    """A batch of the longest lengths that the config lets through, as shapes."""
     total = config.data.max_prompt_tokens + config.data.max_completion_tokens
     completion = config.data.max_completion_tokens
     if sides:
@@ -90,7 +90,7 @@ def rows(mesh, config, batch, *sides):
     def shape(*sizes):
         return jax.ShapeDtypeStruct((batch, *sides, *sizes), jnp.int32, sharding=sharding)
 
-    return Sequences(shape(total), shape(), shape(completion), shape())
+    return CompletionBatch(shape(total), shape(), shape(completion), shape())
 
 
 def per_device(tree):
@@ -165,7 +165,9 @@ def test_large_models_are_sampled_from_on_eight_devices(name):
     layout = jax.eval_shape(lambda p: decoding_layout(shape, p, config.model.decode_dtype), params)
     assert {x.dtype for x in jax.tree.leaves(layout)} == {jnp.dtype("bfloat16")}
     decoding_shardings(layout, mesh)  # Raises where an axis does not divide.
-    rules = Rules(config.sampling.max_new_tokens, (1, 2), 1.0, 0.95, shape.vocab_size - 200)
+    rules = SamplingParams(
+        config.sampling.max_new_tokens, (1, 2), 1.0, 0.95, shape.vocab_size - 200
+    )
     out = jax.eval_shape(
         lambda *arrays: generate(shape, compute_of(config.model, decoding=True), rules, *arrays),
         layout,

@@ -4,13 +4,13 @@ import jax
 import pytest
 
 from cipo_jax.data import tiny_world
-from cipo_jax.data.examples import mentions
 from cipo_jax.evals.leakage import judge, share
+from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import Compute
-from cipo_jax.models.hub import resolve
 from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.text.matching import mentions
 from cipo_jax.training.mesh import make_mesh
 
 
@@ -32,7 +32,7 @@ def ask():
             loaded[name] = model, sampler, sampler.prepare(model.load_params())
         model, sampler, params = loaded[name]
         requests = [Request(model.format.prompt_ids(e.question), i) for i, e in enumerate(examples)]
-        rules = Rules(96, (model.format.eos_id,))
+        rules = SamplingParams(96, (model.format.eos_id,))
         rows = sampler.sample(params, requests, rules, jax.random.key(0))
         return [
             judge(example, model.format.split(completion.ids), "test")

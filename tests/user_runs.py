@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(programs=None):
-    """Of a user's process: real devices, everything optimised.
+    """Of a user's process: real devices, everything optimized.
 
     Args:
       programs: a folder that keeps compiled programs, so that several processes compile once.

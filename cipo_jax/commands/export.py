@@ -41,8 +41,8 @@ def run(argv: list[str]) -> int:
 
     from cipo_jax.models.decoder import abstract_params, merged
     from cipo_jax.models.lora import Lora, save_adapters
-    from cipo_jax.models.parts import abstract_part, assemble
     from cipo_jax.models.reasoning_model import ReasoningModel
+    from cipo_jax.models.trainable import abstract_trainable, assemble
     from cipo_jax.training.checkpoints import Checkpoints
     from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
     from cipo_jax.unlearning.methods import configured, part_of
@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
         mesh = make_mesh()
     shapes = abstract_params(model.config)
     shardings = param_shardings(shapes, mesh)
-    trained = abstract_on(mesh, abstract_part(model.config, part))
+    trained = abstract_on(mesh, abstract_trainable(model.config, part))
     params = checkpoints.load_params(phase, step, trained)
     out = Path(flags.out) if flags.out else workdir / ("adapter" if form == "adapter" else "export")
     if form == "adapter":

@@ -66,14 +66,14 @@ class _Asker:
     """A model that is ready to be asked."""
 
     def __init__(self, config: Config, flags: Any, in_file: bool):
+        from cipo_jax.hub import resolve
         from cipo_jax.models.decoder import abstract_params
-        from cipo_jax.models.hub import resolve
         from cipo_jax.models.lora import assemble, load_adapters, lora_of
         from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
         from cipo_jax.sampling.memory import fitting_rows
         from cipo_jax.sampling.sampler import Sampler, rules_of_settings
         from cipo_jax.training.mesh import make_mesh, param_shardings
-        from cipo_jax.unlearning.engine import address
+        from cipo_jax.unlearning.engine import derive_key
 
         settings = config.sampling
         self._adapters = fingerprint(resolve(config.lora.path)) if config.lora.path else ""
@@ -110,7 +110,7 @@ class _Asker:
         text = prefill_text(wished, model.format.close)
         self._prefill_text = text
         self._prefill = model.format.text_ids(text)
-        self._key = address(config.seed, "sample")
+        self._key = derive_key(config.seed, "sample")
 
     def _tell(self, text: str) -> None:
         if self._verbose:

@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         needs=("config", "workdir"),
     )
     from cipo_jax.progress import Reporter
-    from cipo_jax.reports.summary import print_table, summarise
+    from cipo_jax.reports.summary import print_table, summarize
     from cipo_jax.training.loop import Diverged
     from cipo_jax.unlearning.engine import Engine
     from cipo_jax.unlearning.start import unlearn
@@ -41,6 +41,6 @@ def run(argv: list[str]) -> int:
         return EXIT_DIVERGED
     finally:
         engine.log.close()
-    summary = summarise(engine.folder, result)
+    summary = summarize(engine.folder, result)
     print_table(summary, engine.folder.path)
     return 0

@@ -7,14 +7,14 @@ import grain
 import numpy as np
 
 
-class Encoded(NamedTuple):
+class TokenizedExample(NamedTuple):
     """One training row as ids."""
 
     prompt: Sequence[int]
     completion: Sequence[int]
 
 
-class Sequences(NamedTuple):
+class CompletionBatch(NamedTuple):
     """Right-padded rows. Padding is known by the lengths alone, never by an id.
 
     Attributes:
@@ -47,7 +47,7 @@ def bucket(length: int, multiple: int = 16) -> int:
     return -(-length // multiple) * multiple
 
 
-def shape_of(rows: Sequence[Encoded], multiple: int = 16) -> Shape:
+def shape_of(rows: Sequence[TokenizedExample], multiple: int = 16) -> Shape:
     """Padded sizes that hold every row."""
     return Shape(
         bucket(max(len(r.prompt) + len(r.completion) for r in rows), multiple),
@@ -55,7 +55,7 @@ def shape_of(rows: Sequence[Encoded], multiple: int = 16) -> Shape:
     )
 
 
-def collate(rows: Sequence[Encoded], shape: Shape, pad_id: int = 0) -> Sequences:
+def collate(rows: Sequence[TokenizedExample], shape: Shape, pad_id: int = 0) -> CompletionBatch:
     """Stacks rows into right-padded arrays of the given shape."""
     tokens = np.full((len(rows), shape.total), pad_id, np.int32)
     completions = np.full((len(rows), shape.completion), pad_id, np.int32)
@@ -63,7 +63,7 @@ def collate(rows: Sequence[Encoded], shape: Shape, pad_id: int = 0) -> Sequences
         whole = [*row.prompt, *row.completion]
         tokens[i, : len(whole)] = whole
         completions[i, : len(row.completion)] = row.completion
-    return Sequences(
+    return CompletionBatch(
         tokens,
         np.array([len(r.prompt) for r in rows], np.int32),
         completions,

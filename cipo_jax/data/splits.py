@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 from cipo_jax.config import Config
 from cipo_jax.data import tiny_world
-from cipo_jax.data.examples import Example, normalised_words
+from cipo_jax.data.examples import Example
 from cipo_jax.data.readers import read_examples
 from cipo_jax.errors import UserError
-from cipo_jax.models.hub import resolve
+from cipo_jax.hub import resolve
+from cipo_jax.text.matching import normalized_words
 
 _FILES = tuple(
     role + part for role in ("forget", "retain", "reasoning") for part in ("", "_valid", "_eval")
@@ -69,7 +70,7 @@ class Splits:
             for example in examples
             for phrase in (*example.forbidden, example.target_answer or "")
         }
-        return frozenset(word for phrase in phrases for word in normalised_words(phrase))
+        return frozenset(word for phrase in phrases for word in normalized_words(phrase))
 
 
 def spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
@@ -90,7 +91,7 @@ def load_splits(config: Config) -> Splits:
     splits = _from_world(config) if config.data.world else _from_files(config)
     valid, evals = config.data.valid_rows, config.data.eval_rows
     more = tuple(read_examples(config.data.rehearse, ("cot",))) if config.data.rehearse else ()
-    said = {w for e in more for text in (e.cot or "", e.answer) for w in normalised_words(text)}
+    said = {w for e in more for text in (e.cot or "", e.answer) for w in normalized_words(text)}
     return dataclasses.replace(
         splits,
         rehearse=more,
@@ -153,5 +154,5 @@ def _from_files(config: Config) -> Splits:
             other = getattr(data, f"{role}_{part}")
             read[f"{role}_{part}"] = tuple(read_examples(other)) if other else read[role]
     texts = [t for rows in read.values() for e in rows for t in (e.question, e.cot or "", e.answer)]
-    words = frozenset(w for text in texts for w in normalised_words(text))
+    words = frozenset(w for text in texts for w in normalized_words(text))
     return Splits(words=words, forgotten_people=frozenset(), **read)

@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cipo_jax.config import default_config
-from cipo_jax.data.examples import Example, normalised_words
+from cipo_jax.data.examples import Example
 from cipo_jax.errors import UserError
+from cipo_jax.text.matching import normalized_words
 
 CITIES = {
     "Lisbon": "Portugal", "Porto": "Portugal", "Braga": "Portugal",
@@ -482,4 +483,4 @@ def vocabulary(world: World) -> set[str]:
     texts += [_unknown("Ada", TOPICS["city"], "{x}", s).cot or "" for s in (0, 1)]
     texts += ["It is not this. So it may be that.", BOUNDARY_ANSWER]
     placeholders = {"s", "x", "b", "v", "question"}
-    return {w for text in texts for w in normalised_words(text)} - placeholders
+    return {w for text in texts for w in normalized_words(text)} - placeholders

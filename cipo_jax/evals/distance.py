@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from cipo_jax.data.batches import Encoded, shape_of
+from cipo_jax.data.batches import TokenizedExample, shape_of
 from cipo_jax.data.examples import Example
-from cipo_jax.data.think import ThinkFormat
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.typing import Params
 
 
 def truth_ratios(
-    scorer: Scorer, params: Params, format: ThinkFormat, examples: Sequence[Example]
+    scorer: Scorer, params: Params, format: ChatFormat, examples: Sequence[Example]
 ) -> np.ndarray:
     """TOFU's truth ratio of each example that has wrong answers (arXiv 2401.06121, section 2.2.2).
 
@@ -31,10 +31,10 @@ def truth_ratios(
             continue
         prompt, cot = format.prompt_ids(example.question), example.cot or ""
         right = example.paraphrased_answer or example.answer
-        rows.append(Encoded(prompt, format.completion_ids(cot, right)))
+        rows.append(TokenizedExample(prompt, format.completion_ids(cot, right)))
         for wrong in example.perturbed_answers:
             swapped = cot.replace(example.answer, wrong)
-            rows.append(Encoded(prompt, format.completion_ids(swapped, wrong)))
+            rows.append(TokenizedExample(prompt, format.completion_ids(swapped, wrong)))
         counts.append(1 + len(example.perturbed_answers))
     if not rows:
         return np.zeros(0)
@@ -58,7 +58,9 @@ def forget_quality(ratios: np.ndarray, retrained: np.ndarray) -> float:
     return float(tested.pvalue)
 
 
-def divergence(scorer: Scorer, params: Params, retrained: Params, rows: Sequence[Encoded]) -> float:
+def divergence(
+    scorer: Scorer, params: Params, retrained: Params, rows: Sequence[TokenizedExample]
+) -> float:
     """Mean KL(retrained || model) over the tokens of completions, in nats a token.
 
     Args:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from cipo_jax.data.examples import Example
-from cipo_jax.data.think import ThinkFormat
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.leakage import Row, accuracy_scores, forget_scores, judge
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
 
 Scores = dict[str, dict[str, float]]
@@ -16,7 +16,7 @@ Scores = dict[str, dict[str, float]]
 
 def judged(
     sampler: Sampler,
-    format: ThinkFormat,
+    format: ChatFormat,
     params: Params,
     questions: Sequence[tuple[str, Example]],
     max_new_tokens: int,

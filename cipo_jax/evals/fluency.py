@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cipo_jax.data.examples import normalised_words
+from cipo_jax.text.matching import normalized_words
 
 
 @functools.lru_cache(maxsize=65536)
@@ -33,7 +33,7 @@ def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str])
     spans = [
         m.span()
         for m in re.finditer(r"[^\W_]+", text)
-        if any(w in fact_words or w.isdigit() for w in normalised_words(m.group()))
+        if any(w in fact_words or w.isdigit() for w in normalized_words(m.group()))
     ]
     return np.array(
         [any(s < b and e > a for a, b in spans) for s, e in zip(starts, ends, strict=True)], bool

@@ -1,16 +1,16 @@
 """What a generation gives away, and whether it is right: pure functions on text.
 
-A leak is any forbidden fact or alias anywhere in a text, matched on normalised whole words (see
-`data.examples.states`, also on what counts for answers that are whole sentences). A generation that
-never closes its think block has no answer: its text counts as chain of thought, it is wrong, and it
+A leak is any forbidden fact or alias anywhere in a text, matched on normalized whole words (see
+`text.matching.reveals`, also for answers that are whole sentences). A generation that never closes its think block has no answer: its text counts as chain of thought, it is wrong, and it
 lowers think-completion, so that silence by breakdown never looks like forgetting.
 """
 
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from cipo_jax.data.examples import Example, normalised_words, states
-from cipo_jax.data.think import Thought
+from cipo_jax.data.examples import Example
+from cipo_jax.text.chat_format import Thought
+from cipo_jax.text.matching import normalized_words, reveals
 
 Row = dict[str, Any]
 
@@ -26,10 +26,10 @@ def judge(example: Example, thought: Thought, split: str) -> Row:
         "cot": thought.cot,
         "answer": thought.answer,
         "closed": thought.closed,
-        "cot_leaks": [f for f in example.forbidden if states(thought.cot, f, asked)],
-        "answer_leaks": [f for f in example.forbidden if states(thought.answer, f, asked)],
+        "cot_leaks": [f for f in example.forbidden if reveals(thought.cot, f, asked)],
+        "answer_leaks": [f for f in example.forbidden if reveals(thought.answer, f, asked)],
         "correct": thought.closed
-        and any(states(thought.answer, a, asked) for a in (example.answer, *example.aliases)),
+        and any(reveals(thought.answer, a, asked) for a in (example.answer, *example.aliases)),
     }
 
 
@@ -40,7 +40,7 @@ def share(flags: Sequence[bool]) -> float:
 
 def word_validity(rows: Sequence[Row], words: Collection[str]) -> float:
     """Share of the generated words that are words of the world; numbers are."""
-    generated = [w for r in rows for w in normalised_words(f"{r['cot']} {r['answer']}")]
+    generated = [w for r in rows for w in normalized_words(f"{r['cot']} {r['answer']}")]
     return share([w in words or w.isdigit() for w in generated])
 
 
@@ -49,7 +49,7 @@ def forget_scores(rows: Sequence[Row], words: Collection[str]) -> dict[str, floa
 
     Args:
       rows: from `judge`.
-      words: the words of the world, normalised.
+      words: the words of the world, normalized.
 
     Returns:
       cot_leak and answer_leak (share of rows with any leak there, down is better),

@@ -4,9 +4,9 @@
 - `likelihood`: NLL
 - `unlearning`: log-probabilities of what is to be forgotten
 - `distribution`: next-token distributions, and `over_chunks`, with which [B, C, V] never exists
-- `activation`: hidden states
+- `activation`: hidden reveals
 
-Every loss returns ``(loss, metrics)``: a scalar to minimise and a flat dict of scalars. Names of
+Every loss returns ``(loss, metrics)``: a scalar to minimize and a flat dict of scalars. Names of
 preference metrics are those of TRL (``rewards/chosen``, ``rewards/margins``, ``logps/chosen``).
 """
 

@@ -62,7 +62,7 @@ def dpo(
     label_smoothing: float = 0.0,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
     ``-(1-e) log sigmoid(b d) - e log sigmoid(-b d)`` with
     ``d = [log p(y_w) - log p_ref(y_w)] - [log p(y_l) - log p_ref(y_l)]``; e > 0 is the conservative
@@ -97,7 +97,7 @@ def ipo(
     beta: float = 0.1,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17).
+    """Identity preference optimization (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
     ``(d - 1/(2 b))^2`` with d as in DPO but on log-ratios averaged over each completion's tokens,
     as the authors advise and TRL does.
@@ -138,7 +138,7 @@ def simpo(
     label_smoothing: float = 0.0,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734, eq. 6). No reference.
+    """Simple preference optimization (Meng et al. 2024, arXiv 2405.14734, eq. 6). No reference.
 
     ``-log sigmoid( b/|y_w| log p(y_w) - b/|y_l| log p(y_l) - gamma )``.
 
@@ -217,7 +217,7 @@ def cpo(
     label_smoothing: float = 0.0,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Contrastive preference optimisation (Xu et al. 2024, arXiv 2401.08417, eq. 5). No reference.
+    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, eq. 5). No reference.
 
     ``-log sigmoid(b [log p(y_w) - log p(y_l)]) - a log p(y_w) / |y_w|``.
 
@@ -249,7 +249,7 @@ def orpo(
     beta: float = 0.1,
     weights: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
+    """Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7).
 
     ``-l_w - b log sigmoid( log odds(l_w) - log odds(l_l) )`` with l = log p / |y| and
     ``log odds(l) = l - log(1 - exp l)``. No reference.

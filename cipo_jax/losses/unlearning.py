@@ -2,7 +2,7 @@
 
 Token log-probabilities are [B, C] in nats, of the tokens of completions, beside a mask [B, C] that
 is true where a token counts: the span to act on (chain of thought, answer, or both) is a matter of
-the mask. Masked entries may hold anything, NaN included. Every loss is to be minimised, so those
+the mask. Masked entries may hold anything, NaN included. Every loss is to be minimized, so those
 that push a likelihood down are increasing in it.
 """
 
@@ -60,7 +60,7 @@ def grad_diff(
 
 
 def npo(logps: jax.Array, ref_logps: jax.Array, *, beta: float = 0.1) -> tuple[jax.Array, Metrics]:
-    """Negative preference optimisation (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
+    """Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, eq. 3).
 
     ``-(2/b) log sigmoid( -b [log p(y) - log p_ref(y)] )``: DPO without a chosen completion. With
     b -> 0 it is gradient ascent; with b > 0 it is bounded below by 0.
@@ -214,7 +214,7 @@ def dual_ascent(
 ) -> jax.Array:
     """The next dual variable of a retain loss that may be at most epsilon (PDU, arXiv 2506.05314).
 
-    ``max(0, dual + lr (retain_loss - epsilon))``; the step minimises
+    ``max(0, dual + lr (retain_loss - epsilon))``; the step minimizes
     ``forget_loss + sg[dual] * (retain_loss - epsilon)``.
 
     Args:

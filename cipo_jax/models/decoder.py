@@ -1,7 +1,7 @@
 """The decoder: a Llama-family transformer in Flax Linen, applied with plain nested dicts.
 
 Two layouts of the same weights serve two jobs. Training scans over layers stacked on a leading L
-axis (small programs, named rematerialisation). Decoding walks a list of per-layer dicts, because a
+axis (small programs, named rematerialization). Decoding walks a list of per-layer dicts, because a
 scan would copy every layer's slice at each token. `Block` is the one definition that both apply.
 """
 

@@ -289,8 +289,8 @@ def _check_fields(family: _Family, fields: Fields) -> None:
         )
     if fields.get("quantization_config"):
         raise UserError(
-            "field 'quantization_config': quantised weights cannot be trained; use the folder of "
-            "the model before its quantisation"
+            "field 'quantization_config': quantized weights cannot be trained; use the folder of "
+            "the model before its quantization"
         )
     known = _HARMLESS | _READ | family.reads
     known |= {"attention_bias"} if family.attention_bias else set()

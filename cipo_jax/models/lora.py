@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from cipo_jax.errors import UserError
+from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import DecoderConfig, abstract_params, base_of, merged
 from cipo_jax.models.hf_config import read_object
-from cipo_jax.models.hub import resolve
 from cipo_jax.models.safetensors_io import (
     PROJECTIONS,
     Key,
+    atomic_directory,
     load_tree,
     save_tensors,
     stored_tensors,
-    whole_folder,
 )
 from cipo_jax.typing import Array, Params
 
@@ -44,19 +44,19 @@ class Lora:
       alpha: the product of a and b is weighted by alpha / r.
       targets: names of projections as transformers has them ("q_proj").
       dropout: of the adapters' inputs, in training.
-      rank_stabilised: weighs by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
+      rank_stabilized: weighs by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
 
     @property
     def weight(self) -> float:
         """The factor on a @ b."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 def lora_of(settings: Any) -> Lora | None:
@@ -87,7 +87,7 @@ def lora_of(settings: Any) -> Lora | None:
     targets = tuple(name for name in TARGETS if name in given)
     if not targets:
         raise UserError(f"config.lora.targets is empty; there are {', '.join(TARGETS)}")
-    return Lora(settings.rank, settings.alpha, targets, settings.dropout, settings.rank_stabilised)
+    return Lora(settings.rank, settings.alpha, targets, settings.dropout, settings.rank_stabilized)
 
 
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
@@ -178,14 +178,14 @@ def save_adapters(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "use_rslora": lora.rank_stabilised,
+        "use_rslora": lora.rank_stabilized,
         "target_modules": list(lora.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    with whole_folder(folder) as temporary:
+    with atomic_directory(folder) as temporary:
         tensors = dict(stored_tensors(_keys(config, lora), adapters, "float32"))
         if temporary is not None:
             text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cipo_jax.data.think import ThinkFormat
-from cipo_jax.models import hub, safetensors_io
+from cipo_jax import hub
+from cipo_jax.models import safetensors_io
 from cipo_jax.models.decoder import Compute, DecoderConfig
 from cipo_jax.models.hf_config import Fields, read_config, read_fields, read_object
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
 
 NEVER_SAW = "never_saw.json"
@@ -31,7 +32,7 @@ class ReasoningModel:
     config: DecoderConfig
     fields: Fields
     generation: Fields | None
-    format: ThinkFormat
+    format: ChatFormat
 
     @classmethod
     def open(cls, path: str, think: Any = None) -> "ReasoningModel":
@@ -49,7 +50,7 @@ class ReasoningModel:
         stops = [fields.get("eos_token_id"), (generation or {}).get("eos_token_id")]
         stop_ids = [i for s in stops for i in (s if isinstance(s, list) else [s]) if i is not None]
         settings = {} if think is None else dataclasses.asdict(think)
-        format = ThinkFormat(tokenizer, stop_ids=tuple(dict.fromkeys(stop_ids)), **settings)
+        format = ChatFormat(tokenizer, stop_ids=tuple(dict.fromkeys(stop_ids)), **settings)
         return cls(folder, config, fields, generation, format)
 
     def load_params(self, shardings: Params = None, dtype: str = "float32") -> Params:

@@ -372,7 +372,7 @@ def save_folder(
     if generation is None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {k: fields[k] for k in ids if fields.get(k) is not None}
-    with whole_folder(folder) as temporary:
+    with atomic_directory(folder) as temporary:
         if temporary is not None:
             for name, values in (("config.json", fields), ("generation_config.json", generation)):
                 text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -382,7 +382,7 @@ def save_folder(
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path | None]:
+def atomic_directory(folder: str | Path) -> Iterator[Path | None]:
     """A temporary folder that is renamed to `folder` when the block ends, or removed if it fails.
 
     Yields None on all processes but the first, which alone writes.

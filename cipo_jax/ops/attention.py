@@ -1,6 +1,6 @@
 """Attention as pure functions: one for whole sequences, one for a decoding step.
 
-Sequences are right-padded, so causality alone keeps real tokens from ever seeing padding: whole
+Rows are right-padded, so causality alone keeps real tokens from ever seeing padding: whole
 sequences need no mask beyond the causal one, and none is ever made from ``ids != pad_id``.
 """
 
@@ -97,7 +97,7 @@ class KV(NamedTuple):
     v_scale: Array | None = None
 
 
-def quantised(kv: KV) -> KV:
+def quantized(kv: KV) -> KV:
     """Keys and values as int8, each vector scaled by its largest entry.
 
     An entry is off by at most 1/254 of that; the cache takes a half to a quarter of the memory.

@@ -24,7 +24,7 @@ def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"
     most likely tokens do not. A sort of V numbers costs several times as much on every backend.
 
     Args:
-      logits: unnormalised log-probabilities.
+      logits: unnormalized log-probabilities.
       top_p: mass to keep, in (0, 1].
 
     Returns:
@@ -105,7 +105,7 @@ def min_p_mask(logits: Float[Array, "*B V"], min_p: float) -> Bool[Array, "*B V"
     return logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
 
 
-def penalise(
+def penalize(
     logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: float
 ) -> Float[Array, "*B V"]:
     """Makes tokens that were seen less likely: l / penalty if l > 0, else l * penalty (CTRL)."""
@@ -172,7 +172,7 @@ def draw(
       vocabulary: ids from here on are never drawn; 0 for none.
       top_k: most likely tokens that are kept; 0 keeps everything.
       min_p: least probability that is kept, relative to the most likely token's; 0 for all.
-      repetition_penalty: see `penalise`; 1 for none.
+      repetition_penalty: see `penalize`; 1 for none.
       seen: the tokens that the penalty is for.
       forced: ids to take in place of a draw; -1 where a row is free.
 
@@ -184,7 +184,7 @@ def draw(
     logits = logits.astype(jnp.float32)
     allowed = logits
     if seen is not None and repetition_penalty != 1.0:
-        allowed = penalise(allowed, seen, repetition_penalty)
+        allowed = penalize(allowed, seen, repetition_penalty)
     if 0 < vocabulary < logits.shape[-1]:
         allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, allowed, -jnp.inf)
     total = None  # log-sum-exp of the logits themselves

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cipo_jax.config import Config
-from cipo_jax.data.examples import write_text
+from cipo_jax.files import atomic_write_text
 from cipo_jax.unlearning.compare import MEASURES
 from cipo_jax.unlearning.run_folder import Row
 
@@ -96,7 +96,7 @@ def markdown(result: Row, config: Config) -> str:
 
 def write_comparison(result: Row, config: Config, folder: Path) -> list[Path]:
     """Writes comparison.md and, with matplotlib, comparison.png; returns what there is to read."""
-    write_text(folder / "comparison.md", markdown(result, config))
+    atomic_write_text(folder / "comparison.md", markdown(result, config))
     written = [folder / "comparison.json", folder / "comparison.md"]
     try:
         draw(result, folder / "comparison.png")
@@ -137,7 +137,7 @@ def draw(result: Row, path: Path) -> None:
     # The whole, and the corner where those are that forget and keep.
     figure, panels = plt.subplots(1, 2, figsize=(13, 6.2), dpi=120)
     points = [(name, merit(measures)) for name, measures, _ in _rows(result) if measures]
-    colours = [*plt.get_cmap("tab20").colors, *plt.get_cmap("Dark2").colors]  # type: ignore
+    colors = [*plt.get_cmap("tab20").colors, *plt.get_cmap("Dark2").colors]  # type: ignore
     for axes, corner in zip(panels, (False, True), strict=True):
         for i, (name, (leak, leak_std, utility, utility_std)) in enumerate(points):
             ours = name.startswith("cipo") or name == "retrain"
@@ -148,7 +148,7 @@ def draw(result: Row, path: Path) -> None:
                 yerr=utility_std,
                 fmt="*" if ours else "os^Dv"[i % 5],
                 markersize=13 if ours else 7,
-                color="black" if name in ("before", "retrain") else colours[i % len(colours)],
+                color="black" if name in ("before", "retrain") else colors[i % len(colors)],
                 capsize=2,
                 label=name,
             )

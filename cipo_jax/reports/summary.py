@@ -19,7 +19,7 @@ _TABLE = (
 )
 
 
-def summarise(folder: RunFolder, result: Row) -> Row:
+def summarize(folder: RunFolder, result: Row) -> Row:
     """Writes summary.json, once; returns it.
 
     Args:
@@ -31,7 +31,7 @@ def summarise(folder: RunFolder, result: Row) -> Row:
         return folder.read_json("summary.json")
     seconds: dict[str, float] = {}
     for stage, spent in folder.seconds().items():
-        # The stages of all iterations are added up: rollouts, pairs, optimise, validate.
+        # The stages of all iterations are added up: rollouts, pairs, optimize, validate.
         kind = stage.rsplit("/", 1)[-1]
         seconds[kind] = seconds.get(kind, 0.0) + spent
     seconds = {k: round(v, 3) for k, v in seconds.items()}

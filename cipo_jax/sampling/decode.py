@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, decode_layers
-from cipo_jax.ops.attention import KV, causal_attention, decode_attention, quantised
+from cipo_jax.ops.attention import KV, causal_attention, decode_attention, quantized
 from cipo_jax.ops.sampling import draw
 from cipo_jax.typing import Array, Bool, Float, Int, Params
 
@@ -31,7 +31,7 @@ STOPPED_BY_ID = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class SamplingParams:
     """How tokens are drawn and when a row ends.
 
     Attributes:
@@ -65,14 +65,14 @@ class Rules:
         if self.think_budget and not self.close_ids:
             raise ValueError("think_budget needs close_ids, the ids that close the think block")
 
-    def on_device(self) -> "Rules":
+    def on_device(self) -> "SamplingParams":
         """The rules that a compiled program depends on; the others are the host's."""
         close_ids = self.close_ids if self.think_budget else ()
         return dataclasses.replace(self, max_new_tokens=0, stop_texts=(), close_ids=close_ids)
 
-    def for_prompts(self) -> "Rules":
+    def for_prompts(self) -> "SamplingParams":
         """The rules that computing prompts depends on."""
-        return Rules(0, (), repetition_penalty=self.repetition_penalty)
+        return SamplingParams(0, (), repetition_penalty=self.repetition_penalty)
 
 
 class Prompts(NamedTuple):
@@ -165,7 +165,7 @@ class Completions(NamedTuple):
 def generate(
     config: DecoderConfig,
     compute: Compute,
-    rules: Rules,
+    rules: SamplingParams,
     params: Params,
     prompts: Int[Array, "P S"],
     lengths: Int[Array, " P"],
@@ -211,7 +211,7 @@ def generate(
 def empty(
     config: DecoderConfig,
     compute: Compute,
-    rules: Rules,
+    rules: SamplingParams,
     int8: bool,
     shape: tuple[int, int, int, int],
 ) -> tuple[Prompts, Decoding]:
@@ -256,7 +256,7 @@ def empty(
 def prefill(
     config: DecoderConfig,
     compute: Compute,
-    rules: Rules,
+    rules: SamplingParams,
     int8: bool,
     params: Params,
     prompts: Int[Array, "P S"],
@@ -279,7 +279,7 @@ def prefill(
     def attend(layer: int, q: Array, k: Array, v: Array) -> tuple[Array, KV]:
         out = causal_attention(q, k, v, compute.attention, windows[layer])
         kv = KV(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2))
-        return out, quantised(kv) if int8 else kv
+        return out, quantized(kv) if int8 else kv
 
     positions = jnp.broadcast_to(jnp.arange(S), (P, S))
     known = jnp.broadcast_to(lengths[:, None], (P, S))
@@ -437,7 +437,7 @@ def _resized(x: Array, axis: int, size: int) -> Array:
 def decode(
     config: DecoderConfig,
     compute: Compute,
-    rules: Rules,
+    rules: SamplingParams,
     steps: int,
     params: Params,
     prompts: Prompts,
@@ -526,7 +526,7 @@ def _forward(
         K, H = k.shape[-2:]
         new = KV(k.reshape(G * w, K, H, 1), v.reshape(G * w, K, 1, H))
         if cache[layer].k_scale is not None:
-            new = quantised(new)
+            new = quantized(new)
         cache[layer] = _each(
             lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(old, new, head, axis),
             cache[layer],
@@ -551,7 +551,11 @@ def _forward(
 
 
 def _draw(
-    rules: Rules, params: Params, prompts: Prompts, rows: Rows, hidden: Float[Array, "G w D"]
+    rules: SamplingParams,
+    params: Params,
+    prompts: Prompts,
+    rows: Rows,
+    hidden: Float[Array, "G w D"],
 ) -> tuple[Rows, tuple[Array, Array, Array]]:
     """Draws the next token of each row, and ends the rows that are over."""
     G, w = rows.token.shape

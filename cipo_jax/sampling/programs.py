@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
 from cipo_jax.sampling import decode as device
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.schedule import Move, Shape
 from cipo_jax.training.mesh import BATCH, batch_sharding, decoding_shardings, replicated
 from cipo_jax.typing import Bool, Int, Params
@@ -69,12 +69,12 @@ class Batch:
 
     Args:
       programs: that change it.
-      rules: how tokens are drawn, from `Rules.on_device`.
+      rules: how tokens are drawn, from `SamplingParams.on_device`.
       int8: whether keys and values are kept as int8.
       shape: its first; all its rows are idle.
     """
 
-    def __init__(self, programs: Programs, rules: Rules, int8: bool, shape: Shape):
+    def __init__(self, programs: Programs, rules: SamplingParams, int8: bool, shape: Shape):
         self._programs, self._rules, self._int8 = programs, rules, int8
         self._model = programs.config, programs.compute
         empty = programs.empty(*self._model, rules, int8, tuple(shape))

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cipo_jax.data.think import ThinkFormat
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig
 from cipo_jax.sampling import decode as device
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.programs import Batch, Programs
 from cipo_jax.sampling.schedule import Admission, Move, Schedule, Shape, Task, prefill_batches
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import replicated
 from cipo_jax.typing import Array, Params
 
@@ -77,13 +77,13 @@ class Completion:
 
 
 def rules_of(
-    format: ThinkFormat,
+    format: ChatFormat,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     **more: Any,
-) -> Rules:
-    """Rules that end where a model's text ends, and draw nothing that its tokenizer lacks.
+) -> SamplingParams:
+    """Sampling parameters that end where a model's text ends, and draw nothing that its tokenizer lacks.
 
     Raises:
       UserError: for a think budget where the closing tag is no token of its own: such a tag may
@@ -94,7 +94,7 @@ def rules_of(
             f"config.sampling.think_budget: {format.close!r} is ordinary text to this tokenizer, "
             "not a token; a thinking budget needs a closing tag that is one"
         )
-    return Rules(
+    return SamplingParams(
         max_new_tokens,
         format.stop_ids,
         temperature,
@@ -105,7 +105,9 @@ def rules_of(
     )
 
 
-def rules_of_settings(format: ThinkFormat, settings: Any, stop_texts: Sequence[str] = ()) -> Rules:
+def rules_of_settings(
+    format: ChatFormat, settings: Any, stop_texts: Sequence[str] = ()
+) -> SamplingParams:
     """The rules that a config.SamplingConfig asks for."""
     return rules_of(
         format,
@@ -140,7 +142,7 @@ class Sampler:
     rows: int = 64
     chunk: int = 32
     int8_cache: bool = False
-    rules: Rules | None = None
+    rules: SamplingParams | None = None
 
     def prepare(self, params: Params) -> Params:
         """Training layout (and adapters) -> decoding layout, on this sampler's mesh.
@@ -157,7 +159,7 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules | None = None,
+        rules: SamplingParams | None = None,
         key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
@@ -170,7 +172,7 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules | None = None,
+        rules: SamplingParams | None = None,
         key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
@@ -190,7 +192,7 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules | None = None,
+        rules: SamplingParams | None = None,
         key: Array | None = None,
         samples: int = 1,
         detokenize: Detokenize | None = None,
@@ -222,7 +224,7 @@ class Sampler:
         self,
         params: Params,
         request: Request,
-        rules: Rules | None = None,
+        rules: SamplingParams | None = None,
         key: Array | None = None,
         detokenize: Detokenize | None = None,
     ) -> Iterator[Completion]:
@@ -238,7 +240,7 @@ class Sampler:
         self,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules | None,
+        rules: SamplingParams | None,
         key: Array | None,
         samples: int,
         detokenize: Detokenize | None,
@@ -297,7 +299,7 @@ class _Run:
         sampler: Sampler,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
+        rules: SamplingParams,
         key: Array,
         samples: int,
         detokenize: Detokenize | None,
@@ -461,7 +463,7 @@ def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
     return bool(part) and any(list(ids[i : i + len(part)]) == list(part) for i in starts)
 
 
-def _named(shape: Shape, rules: Rules) -> str:
+def _named(shape: Shape, rules: SamplingParams) -> str:
     how = "greedy" if rules.temperature == 0.0 else f"temperature {rules.temperature:g}"
     return (
         f"{shape.groups} x {shape.width} rows, {shape.prompt_slots} prompt slots, "

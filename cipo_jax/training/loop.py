@@ -1,4 +1,4 @@
-"""One phase of optimisation on the host: steps, checkpoints, a clean stop."""
+"""One phase of optimization on the host: steps, checkpoints, a clean stop."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def run_phase(
     stop_asked: Callable[[], bool] = lambda: False,
     frozen: Params | None = None,
 ) -> dict[str, Params] | None:
-    """Optimises parameters for `steps` steps, going on from the phase's last checkpoint.
+    """Optimizes parameters for `steps` steps, going on from the phase's last checkpoint.
 
     The metrics of step i are read while step i + 1 runs, so the host does not hold the device up.
 

@@ -11,12 +11,12 @@ import numpy as np
 from cipo_jax import losses
 from cipo_jax.config import PretrainConfig
 from cipo_jax.data import tiny_world
-from cipo_jax.data.batches import Encoded, collate, shape_of, shuffled_batches
-from cipo_jax.data.think import ThinkFormat
+from cipo_jax.data.batches import TokenizedExample, collate, shape_of, shuffled_batches
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
 from cipo_jax.models.safetensors_io import save_folder
 from cipo_jax.progress import Reporter
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import run_phase
 from cipo_jax.training.mesh import make_mesh
@@ -68,7 +68,7 @@ def make_models(config: PretrainConfig, out: Path, reporter: Reporter) -> list[s
     update = trainer.make_update()
     checkpoints = Checkpoints(out / ".checkpoints")
     for name, people in (("target", world.people), ("retrained", known)):
-        batch_at, tokens = _batches(config, world, people, ThinkFormat(tokenizer))
+        batch_at, tokens = _batches(config, world, people, ChatFormat(tokenizer))
         with reporter.bar(name, config.steps) as bar:
             bar.skip(checkpoints.latest_step(name) or 0)
 
@@ -108,13 +108,15 @@ def _batches(
     config: PretrainConfig,
     world: tiny_world.World,
     people: Sequence[tiny_world.Person],
-    format: ThinkFormat,
+    format: ChatFormat,
 ) -> tuple[Callable[[int], Batch], int]:
     """Batches by step, and roughly how many completion tokens one holds."""
-    groups: dict[str, list[Encoded]] = {"sums": [], "language": []}
+    groups: dict[str, list[TokenizedExample]] = {"sums": [], "language": []}
     for i in range(_STREAM):
         e = tiny_world.training_example(world, people, config.seed, i)
-        row = Encoded(format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer))
+        row = TokenizedExample(
+            format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer)
+        )
         groups["sums" if e.kind == "arithmetic" else "language"].append(row)
     sizes = {"sums": config.sum_rows, "language": config.language_rows}
     shapes = {name: shape_of(rows) for name, rows in groups.items()}

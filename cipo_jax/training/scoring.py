@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cipo_jax import losses
-from cipo_jax.data.batches import Encoded, Shape, bucket, collate, fixed_batches
+from cipo_jax.data.batches import Shape, TokenizedExample, bucket, collate, fixed_batches
 from cipo_jax.training.mesh import batch_sharding, replicated
 from cipo_jax.training.step import Policy
 from cipo_jax.typing import Params
@@ -56,7 +56,7 @@ class Scorer:
         )
 
     def divergences(
-        self, params: Params, other: Params, rows: Sequence[Encoded], shape: Shape
+        self, params: Params, other: Params, rows: Sequence[TokenizedExample], shape: Shape
     ) -> list[np.ndarray]:
         """KL(other || params) of the next-token distributions at each token, in nats.
 
@@ -69,7 +69,7 @@ class Scorer:
         return self._by_row(functools.partial(self._divergences, params, other), rows, shape)
 
     def token_logps(
-        self, params: Params, rows: Sequence[Encoded], shape: Shape
+        self, params: Params, rows: Sequence[TokenizedExample], shape: Shape
     ) -> list[np.ndarray]:
         """Log-probability of each token of each completion, in nats.
 
@@ -81,7 +81,7 @@ class Scorer:
         return self._by_row(functools.partial(self._logps, params), rows, shape)
 
     def _by_row(
-        self, function: Callable[[Any], Any], rows: Sequence[Encoded], shape: Shape
+        self, function: Callable[[Any], Any], rows: Sequence[TokenizedExample], shape: Shape
     ) -> list[np.ndarray]:
         """[C] values of each completion's own tokens, computed in batches of one size."""
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]

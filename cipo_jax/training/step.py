@@ -18,7 +18,7 @@ from cipo_jax.models.decoder import (
     hidden_states,
     layer_states,
 )
-from cipo_jax.models.parts import Part, abstract_part, assemble
+from cipo_jax.models.trainable import Trainable, abstract_trainable, assemble
 from cipo_jax.ops.token_logps import token_logps
 from cipo_jax.training.mesh import batch_sharding, param_shardings, replicated
 from cipo_jax.typing import Array, Float, Int, Params
@@ -27,7 +27,7 @@ Metrics = dict[str, Array]
 # {"params", "opt_state", "step"} and, where it is wanted, "ema" or "carried". "params" is what is
 # trained: all parameters, or a part of them.
 State = dict[str, Any]
-Batch = dict[str, Any]  # Named groups of `data.batches.Sequences`, and per-row arrays.
+Batch = dict[str, Any]  # Named groups of `data.batches.CompletionBatch`, and per-row arrays.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Policy:
 def _known(sequences: Any) -> Int[Array, "B T"]:
     """Of a dynamic rope: a sampler computes the prompt at once, then a token at a time."""
     T = sequences.tokens.shape[1]
-    return jnp.maximum(sequences.starts[:, None], jnp.arange(1, T + 1))
+    return jnp.maximum(sequences.prompt_lengths[:, None], jnp.arange(1, T + 1))
 
 
 def _at_completions(hidden: Array, sequences: Any, shift: int) -> Array:
-    """[B, T, D] -> [B, C, D], at each completion token or at its neighbour."""
-    at = sequences.starts[:, None] + shift + jnp.arange(sequences.completions.shape[1])
+    """[B, T, D] -> [B, C, D], at each completion token or at its neighbor."""
+    at = sequences.prompt_lengths[:, None] + shift + jnp.arange(sequences.completions.shape[1])
     at = jnp.clip(at, 0, sequences.tokens.shape[1] - 1)
     return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
@@ -113,7 +113,7 @@ class Trainer:
 
     Attributes:
       policy: the model.
-      objective: what is minimised.
+      objective: what is minimized.
       optimizer: from optax.
       mesh: where everything lies.
       accumulation: micro-batches that a step's batch is cut into.
@@ -130,14 +130,14 @@ class Trainer:
     mesh: Mesh
     accumulation: int = 1
     ema_decay: float | None = None
-    part: Part = None
+    part: Trainable = None
     seed: int = 0
     refers: bool = False
     carried: Carried | None = None
 
     def abstract_trained(self) -> Params:
         """Shapes of what is trained."""
-        return abstract_part(self.policy.config, self.part)
+        return abstract_trainable(self.policy.config, self.part)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and shardings of the state, without making it."""

@@ -29,7 +29,7 @@ class BaselineRun(Run):
         rows = self.data()
         records: list[Row] = []
         for number in range(1, self.engine.config.baseline.rounds + 1):
-            self.optimise(rows, number)
+            self.optimize(rows, number)
             records.append(self.validate(number))
             self.keep_only(best_of(records), number)
             if clean_rounds(records) >= self.engine.config.cipo.patience:
@@ -57,7 +57,7 @@ class BaselineRun(Run):
                     row[f"ref_{side}_logp"] = float(token_logps.sum())
         return made
 
-    def optimise(self, rows: list[Row], number: int) -> None:
+    def optimize(self, rows: list[Row], number: int) -> None:
         """One round: train.epochs over the rows."""
         config, folder = self.engine.config, self.engine.folder
 
@@ -70,8 +70,8 @@ class BaselineRun(Run):
                 carried=self._carried(number),
                 refers=self.method.refers(config.baseline),
             )
-            earlier = [f"{iteration_name(i)}/optimise" for i in range(1, number)]
-            self.optimise_phase(
+            earlier = [f"{iteration_name(i)}/optimize" for i in range(1, number)]
+            self.optimize_phase(
                 iteration_name(number),
                 iteration_name(number - 1) if number > 1 else "start",
                 f"iteration {number}: {self.method.name}",
@@ -83,7 +83,7 @@ class BaselineRun(Run):
             )
             return {"steps": steps}
 
-        folder.once(f"{iteration_name(number)}/optimise", make)
+        folder.once(f"{iteration_name(number)}/optimize", make)
 
     def _carried(self, number: int) -> Carried | None:
         """What goes from step to step; a round goes on with what the last one ended with."""

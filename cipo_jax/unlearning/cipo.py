@@ -1,4 +1,4 @@
-"""CiPO: counterfactual unlearning through iterative preference optimisation (arXiv 2604.15847).
+"""CiPO: counterfactual unlearning through iterative preference optimization (arXiv 2604.15847).
 
 `CipoRun.rounds` reads like the paper's algorithm. Each call in it is a stage of the run folder: it
 happens once, whole, and a run that is killed anywhere goes on where it was.
@@ -22,7 +22,7 @@ class CipoRun(Run):
         for iteration in range(1, self.engine.config.cipo.iterations + 1):
             self.rollouts(counterfactuals, iteration)
             self.pairs(counterfactuals, iteration)
-            self.optimise(iteration)
+            self.optimize(iteration)
             records.append(self.validate(iteration, lambda i=iteration: self.said(i)))
             self.keep_only(best_of(records), iteration)
             if clean_rounds(records) >= self.engine.config.cipo.patience:
@@ -46,7 +46,7 @@ class CipoRun(Run):
         def make() -> Row:
             batch_at, steps = preferences.warmup_batches(self.engine, counterfactuals)
             trained = self.trainer(settings, warmup_objective(self.engine.config.cipo), steps)
-            self.optimise_phase("warmup", "start", "warm-up", settings, trained, batch_at, steps, 0)
+            self.optimize_phase("warmup", "start", "warm-up", settings, trained, batch_at, steps, 0)
             return {"steps": steps}
 
         self.engine.folder.once("warmup", make)
@@ -85,8 +85,8 @@ class CipoRun(Run):
 
         self.engine.folder.once(f"{iteration_name(iteration)}/pairs", make, [file])
 
-    def optimise(self, iteration: int) -> None:
-        """Preference optimisation on the pairs of this iteration."""
+    def optimize(self, iteration: int) -> None:
+        """Preference optimization on the pairs of this iteration."""
         config, folder = self.engine.config, self.engine.folder
 
         def make() -> Row:
@@ -94,8 +94,8 @@ class CipoRun(Run):
             batch_at, steps = preferences.pair_batches(self.engine, pairs, iteration)
             objective = preference_objective(config.cipo)
             trained = self.trainer(config.train, objective, steps, self.keeps_ema)
-            earlier = ["warmup", *(f"{iteration_name(i)}/optimise" for i in range(1, iteration))]
-            self.optimise_phase(
+            earlier = ["warmup", *(f"{iteration_name(i)}/optimize" for i in range(1, iteration))]
+            self.optimize_phase(
                 iteration_name(iteration),
                 self._before(iteration),
                 f"iteration {iteration}: {config.cipo.loss}",
@@ -107,7 +107,7 @@ class CipoRun(Run):
             )
             return {"steps": steps}
 
-        folder.once(f"{iteration_name(iteration)}/optimise", make)
+        folder.once(f"{iteration_name(iteration)}/optimize", make)
 
     def said(self, iteration: int) -> Row:
         """What the rollouts of an iteration gave away."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cipo_jax.config import CompareConfig, Config, flatten, parse
-from cipo_jax.data.batches import Encoded
+from cipo_jax.data.batches import TokenizedExample
 from cipo_jax.errors import UserError
 from cipo_jax.evals.distance import divergence, forget_quality, truth_ratios
 from cipo_jax.evals.leakage import share
@@ -227,7 +227,7 @@ class Comparison:
         self._quiet = Reporter(quiet=True)
         self._materials: dict[str, Materials] = {}
         self._retrained: Params = None
-        self._gold: tuple[np.ndarray, list[Encoded]] | None = None
+        self._gold: tuple[np.ndarray, list[TokenizedExample]] | None = None
 
     def run(self) -> Row:
         """Everything; returns what comparison.json holds."""
@@ -370,7 +370,7 @@ class Comparison:
             seconds = {
                 k: v
                 for k, v in engine.folder.seconds().items()
-                if k.rsplit("/", 1)[-1] in ("warmup", "rollouts", "pairs", "optimise")
+                if k.rsplit("/", 1)[-1] in ("warmup", "rollouts", "pairs", "optimize")
             }
             made = self._shared(engine.config).seconds(methods.find(entry.method))
             return measured | {
@@ -460,7 +460,8 @@ class Comparison:
         gold = engine.folder.read_json("retrained.json")
         encode = engine.model.format.prompt_ids
         said = [
-            Encoded(encode(e.question), ids) for e, ids in zip(asked, gold["said"], strict=True)
+            TokenizedExample(encode(e.question), ids)
+            for e, ids in zip(asked, gold["said"], strict=True)
         ]
         self._gold = np.array(gold["ratios"]), said
         return scored

@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cipo_jax.data.batches import Encoded, shape_of
-from cipo_jax.data.examples import Example, normalised_words, states
+from cipo_jax.data.batches import TokenizedExample, shape_of
+from cipo_jax.data.examples import Example
 from cipo_jax.errors import UserError
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.sampler import Request, rules_of
+from cipo_jax.text.matching import normalized_words, reveals
 from cipo_jax.typing import Array, Params
 from cipo_jax.unlearning.engine import Engine
 from cipo_jax.unlearning.run_folder import Row
@@ -142,7 +143,7 @@ def _start(engine: Engine, index: int, example: Example) -> _Item:
         return _Item(index, example, fixed[settings.strategy], "strategy")
     if example.target_answer is None:
         return _Item(index, example, None, "model")
-    leaked = [f for f in example.forbidden if states(example.target_answer, f, example.question)]
+    leaked = [f for f in example.forbidden if reveals(example.target_answer, f, example.question)]
     if leaked:
         raise UserError(
             f"forget row {index + 1}: field 'target_answer' = {example.target_answer!r} mentions "
@@ -161,7 +162,7 @@ def _key(engine: Engine, name: str, what: str, attempt: int) -> Array:
     return engine.key(*own, what, attempt)
 
 
-def _rules(engine: Engine) -> Rules:
+def _rules(engine: Engine) -> SamplingParams:
     settings = engine.config.counterfactual
     limit = engine.config.sampling.max_new_tokens
     return rules_of(engine.model.format, limit, settings.temperature, settings.top_p)
@@ -201,10 +202,10 @@ def _choose_targets(
                 for c in candidates
                 if c["closed"]
                 and c["stopped"]
-                and normalised_words(c["answer"])
-                and len(normalised_words(c["answer"])) <= settings.max_target_words
+                and normalized_words(c["answer"])
+                and len(normalized_words(c["answer"])) <= settings.max_target_words
                 and c["answer"] not in tried
-                and not any(states(c["answer"], f, asked) for f, asked in forbidden)
+                and not any(reveals(c["answer"], f, asked) for f, asked in forbidden)
             ),
             None,
         )
@@ -258,12 +259,12 @@ def text_faults(
         faults.append("does not close its think block")
     elif not candidate["stopped"]:
         faults.append("does not end")
-    if candidate["closed"] and not states(candidate["answer"], target, example.question):
+    if candidate["closed"] and not reveals(candidate["answer"], target, example.question):
         faults.append(f"does not reach the target answer {target!r}")
     for fact in example.forbidden:
-        if any(states(candidate[part], fact, example.question) for part in ("cot", "answer")):
+        if any(reveals(candidate[part], fact, example.question) for part in ("cot", "answer")):
             faults.append(f"mentions the forgotten {fact!r}")
-    words = normalised_words(candidate["cot"])
+    words = normalized_words(candidate["cot"])
     if len(words) < min_words:
         faults.append("degenerate: hardly a word of reasoning")
     elif len(set(words)) / len(words) < min_distinct:
@@ -336,11 +337,11 @@ def _consistency(
         start = format.answer_start(ids)
         assert start is not None
         starts.append(start)
-        with_trace.append(Encoded(prompt, ids))
-        without.append(Encoded(prompt, [*format.close_ids, *ids[start:]]))
+        with_trace.append(TokenizedExample(prompt, ids))
+        without.append(TokenizedExample(prompt, [*format.close_ids, *ids[start:]]))
     limit = engine.config.sampling.max_new_tokens
     longest = max(with_trace, key=lambda row: len(row.prompt))
-    shape = shape_of([Encoded(longest.prompt, [0] * limit)])
+    shape = shape_of([TokenizedExample(longest.prompt, [0] * limit)])
     traced = engine.scorer.token_logps(params, with_trace, shape)
     plain = engine.scorer.token_logps(params, without, shape)
     results = []

@@ -17,14 +17,14 @@ from cipo_jax.data.splits import Splits, load_splits
 from cipo_jax.errors import UserError
 from cipo_jax.evals import evaluate
 from cipo_jax.evals.evaluate import Scores
+from cipo_jax.hub import resolve
 from cipo_jax.models import lora as adapters
 from cipo_jax.models.decoder import abstract_params
-from cipo_jax.models.hub import resolve
 from cipo_jax.models.lora import Lora
-from cipo_jax.models.parts import Part, Selection, abstract_part, assemble
 from cipo_jax.models.reasoning_model import ReasoningModel, compute_of, fingerprint
+from cipo_jax.models.trainable import ParamSubset, Trainable, abstract_trainable, assemble
 from cipo_jax.progress import Reporter
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.memory import fitting_rows, sharded_bytes
 from cipo_jax.sampling.sampler import Completion, Request, Sampler
 from cipo_jax.training.checkpoints import Checkpoints
@@ -36,7 +36,7 @@ from cipo_jax.unlearning import methods
 from cipo_jax.unlearning.run_folder import MetricsLog, Row, RunFolder
 
 
-def address(seed: int, *names: str | int) -> Array:
+def derive_key(seed: int, *names: str | int) -> Array:
     """A PRNG key for a named place in the run, independent of what was drawn before."""
     key = jax.random.key(seed)
     for name in names:
@@ -68,7 +68,7 @@ class Engine:
 
     config: Config
     model: ReasoningModel
-    part: Part
+    part: Trainable
     splits: Splits
     mesh: Mesh
     sampler: Sampler
@@ -166,7 +166,7 @@ class Engine:
 
     def key(self, *names: str | int) -> Array:
         """A key addressed by the run's seed and these names."""
-        return address(self.config.seed, *names)
+        return derive_key(self.config.seed, *names)
 
     def load_model(self, model: ReasoningModel) -> Params:
         """The weights of a model, sharded for training."""
@@ -186,14 +186,14 @@ class Engine:
 
     def abstract_trained(self) -> Params:
         """Shapes, dtypes and shardings of what is trained: all parameters, or a part."""
-        return abstract_on(self.mesh, abstract_part(self.model.config, self.part))
+        return abstract_on(self.mesh, abstract_trainable(self.model.config, self.part))
 
     def start(self) -> Params:
         """What is trained, as it is before training."""
         if self.part is None:
             return self.load_model(self.model)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_trained())
-        if isinstance(self.part, Selection):
+        if isinstance(self.part, ParamSubset):
             return jax.jit(self.part.take, out_shardings=shardings)(self.load_model(self.model))
         path = self.config.lora.path
         if path:
@@ -211,7 +211,7 @@ class Engine:
         title: str,
         params: Params,
         requests: Sequence[Request],
-        rules: Rules,
+        rules: SamplingParams,
         key: Array,
         samples: int,
     ) -> list[list[Row]]:
@@ -306,7 +306,9 @@ class Engine:
         return rows, evaluate.scores(rows, self.splits.words)
 
 
-def _sampler(name: str, config: Config, model: ReasoningModel, mesh: Mesh, part: Part) -> Sampler:
+def _sampler(
+    name: str, config: Config, model: ReasoningModel, mesh: Mesh, part: Trainable
+) -> Sampler:
     """The sampler of config.sampling or config.eval; raises UserError where it does not fit."""
     settings, decoding = getattr(config, name), compute_of(config.model, decoding=True)
     trained = abstract_params(model.config)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-from cipo_jax.data.batches import Encoded, Shape, shape_of
+from cipo_jax.data.batches import Shape, TokenizedExample, shape_of
 from cipo_jax.data.readers import read_examples
 from cipo_jax.errors import UserError
 from cipo_jax.sampling.sampler import Request, rules_of
@@ -207,7 +207,7 @@ class Materials:
         return rows
 
 
-def encoded(rows: Sequence[Row], group: str) -> tuple[list[Encoded], Shape]:
+def encoded(rows: Sequence[Row], group: str) -> tuple[list[TokenizedExample], Shape]:
     """Rows of "forget" or "target" for a batch, and the padded sizes that hold them all."""
-    found = [Encoded(*row[group]) for row in rows]
+    found = [TokenizedExample(*row[group]) for row in rows]
     return found, shape_of(found)

@@ -20,7 +20,7 @@ from cipo_jax.config import BaselineConfig, Config
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig
 from cipo_jax.models.lora import lora_of
-from cipo_jax.models.parts import Part, selection_of
+from cipo_jax.models.trainable import Trainable, param_subset
 from cipo_jax.training.step import Batch, Carried, Metrics, Objective, Policy
 from cipo_jax.typing import Array, Params
 from cipo_jax.unlearning.objectives import RETAINED, nll, retain_term
@@ -130,7 +130,7 @@ def configured(config: Config) -> Config:
     return config
 
 
-def part_of(config: Config, model: DecoderConfig) -> Part:
+def part_of(config: Config, model: DecoderConfig) -> Trainable:
     """What a run trains: adapters, the method's layers, or everything (None)."""
     method, lora, settings = find(config.method), lora_of(config.lora), config.baseline
     if method.part:
@@ -140,7 +140,7 @@ def part_of(config: Config, model: DecoderConfig) -> Part:
                 "(config.baseline.layers), not adapters; set config.lora.rank=0"
             )
         layers = settings.layers or f"{max(settings.layer - 2, 0)}-{settings.layer}"
-        chosen = selection_of(layers, settings.targets, model, "config.baseline")
+        chosen = param_subset(layers, settings.targets, model, "config.baseline")
         if chosen.layers[0] > settings.layer:
             raise UserError(
                 f"config.baseline.layers = {layers!r}: all lie above config.baseline.layer = "
@@ -365,7 +365,7 @@ for _method in (
     Method("grad_diff", "gradient ascent, NLL on what is kept", "2203.12817", _ga),
     Method("kl", "gradient ascent, KL to the model before on what is kept", "2401.06121", _ga,
            retain="kl"),
-    Method("npo", "negative preference optimisation", "2404.05868", _npo, reference="logps"),
+    Method("npo", "negative preference optimization", "2404.05868", _npo, reference="logps"),
     Method("simnpo", "NPO without a reference, per token", "2410.07163", _simnpo,
            defaults={"beta": 4.5, "forget_weight": 0.125}),
     Method("wga", "gradient ascent weighted by p", "2502.19301", _wga, defaults={"beta": 1.0}),

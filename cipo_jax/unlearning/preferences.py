@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from cipo_jax.config import TrainConfig
-from cipo_jax.data.batches import Encoded, Shape, collate, shape_of, shuffled_batches
-from cipo_jax.data.examples import Example, states
-from cipo_jax.data.think import ThinkFormat
+from cipo_jax.data.batches import Shape, TokenizedExample, collate, shape_of, shuffled_batches
+from cipo_jax.data.examples import Example
 from cipo_jax.sampling.sampler import Request, rules_of_settings
+from cipo_jax.text.chat_format import ChatFormat
+from cipo_jax.text.matching import reveals
 from cipo_jax.training.step import Batch
 from cipo_jax.typing import Params
 from cipo_jax.unlearning.engine import Engine
@@ -46,7 +47,7 @@ def draw_rollouts(
         example = engine.splits.forget[row["item"]]
         leaks = {
             f"{part}_leaks": [
-                f for f in example.forbidden if states(row[part], f, example.question)
+                f for f in example.forbidden if reveals(row[part], f, example.question)
             ]
             for part in ("cot", "answer")
         }
@@ -91,7 +92,7 @@ def pair_shape(engine: Engine) -> Shape:
     """One padded shape for the pairs of all iterations: longest prompt, longest sample."""
     encode = engine.model.format.prompt_ids
     longest = max((encode(e.question) for e in engine.splits.forget), key=len)
-    return shape_of([Encoded(longest, [0] * engine.config.sampling.max_new_tokens)])
+    return shape_of([TokenizedExample(longest, [0] * engine.config.sampling.max_new_tokens)])
 
 
 def with_reference_logps(
@@ -102,7 +103,10 @@ def with_reference_logps(
     rows = []
     for pair in pairs:
         prompt = encode(pair["question"])
-        rows += [Encoded(prompt, pair["chosen_ids"]), Encoded(prompt, pair["rejected_ids"])]
+        rows += [
+            TokenizedExample(prompt, pair["chosen_ids"]),
+            TokenizedExample(prompt, pair["rejected_ids"]),
+        ]
     sums = [float(lp.sum()) for lp in engine.scorer.token_logps(params, rows, pair_shape(engine))]
     return [
         pair
@@ -117,9 +121,11 @@ def with_reference_logps(
 
 # Every phase asks for the same, of every run beside this one too.
 @functools.lru_cache(maxsize=4)
-def _encoded(format: ThinkFormat, examples: tuple[Example, ...]) -> list[Encoded]:
+def _encoded(format: ChatFormat, examples: tuple[Example, ...]) -> list[TokenizedExample]:
     return [
-        Encoded(format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer))
+        TokenizedExample(
+            format.prompt_ids(e.question), format.completion_ids(e.cot or "", e.answer)
+        )
         for e in examples
     ]
 
@@ -174,7 +180,8 @@ def warmup_batches(
     settings = engine.config.warmup
     encode = engine.model.format.prompt_ids
     rows = [
-        Encoded(encode(row["question"]), row["completion_ids"]) for row in accepted(counterfactuals)
+        TokenizedExample(encode(row["question"]), row["completion_ids"])
+        for row in accepted(counterfactuals)
     ]
     shape, order = (
         pair_shape(engine),
@@ -195,8 +202,12 @@ def pair_batches(
     settings = engine.config.train
     encode = engine.model.format.prompt_ids
     prompts = [encode(pair["question"]) for pair in pairs]
-    chosen = [Encoded(p, pair["chosen_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
-    rejected = [Encoded(p, pair["rejected_ids"]) for p, pair in zip(prompts, pairs, strict=True)]
+    chosen = [
+        TokenizedExample(p, pair["chosen_ids"]) for p, pair in zip(prompts, pairs, strict=True)
+    ]
+    rejected = [
+        TokenizedExample(p, pair["rejected_ids"]) for p, pair in zip(prompts, pairs, strict=True)
+    ]
     shape = pair_shape(engine)
     order = shuffled_batches(len(pairs), settings.batch, phase_seed(engine, iteration, 0))
     retained = _kept(engine, settings, iteration)

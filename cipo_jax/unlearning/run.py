@@ -10,7 +10,7 @@ from typing import Any
 import jax.monitoring
 
 from cipo_jax.config import TrainConfig
-from cipo_jax.data.batches import Encoded, shape_of
+from cipo_jax.data.batches import TokenizedExample, shape_of
 from cipo_jax.evals.evaluate import Scores
 from cipo_jax.evals.fluency import fact_tokens, nonfact_logp
 from cipo_jax.models import lora as adapters
@@ -141,7 +141,7 @@ class Run:
         return self.engine.checkpoints.load_phase(name, abstract)
 
     def rounds(self) -> list[Row]:
-        """The method itself: optimises round by round; returns the records of `validate`."""
+        """The method itself: optimizes round by round; returns the records of `validate`."""
         raise NotImplementedError
 
     @property
@@ -177,7 +177,7 @@ class Run:
         """Scores on the validation splits, which early stop and best checkpoint go by.
 
         Args:
-          iteration: the round that has been optimised.
+          iteration: the round that has been optimized.
           more: what else its record is to hold.
         """
         engine, splits = self.engine, self.engine.splits
@@ -259,7 +259,8 @@ class Run:
                     if r["split"] == "forget"
                 ]  # fmt: skip
                 rows = [
-                    Encoded(engine.model.format.prompt_ids(r["question"]), r["ids"]) for r in said
+                    TokenizedExample(engine.model.format.prompt_ids(r["question"]), r["ids"])
+                    for r in said
                 ]
                 facts = [
                     fact_tokens(engine.model.format.tokenizer, r["ids"], engine.splits.fact_words)
@@ -352,7 +353,7 @@ class Run:
         trainer = engine.trainers.setdefault((program, settings, steps, start), trainer)
         return trainer, engine.updates[program]
 
-    def optimise_phase(
+    def optimize_phase(
         self,
         name: str,
         start: str,
@@ -369,7 +370,7 @@ class Run:
           name: of the phase.
           start: the phase whose weights it starts from.
           title: of the bar.
-          settings: of the optimisation.
+          settings: of the optimization.
           trained: from `trainer`.
           batch_at: the batch of each step.
           steps: number of steps.

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import IO, Any
 
 from cipo_jax.config import flatten
-from cipo_jax.data.examples import read_jsonl, write_jsonl, write_text
 from cipo_jax.errors import Preempted, UserError
+from cipo_jax.files import atomic_write_text, read_jsonl, write_jsonl
 
 Row = dict[str, Any]
 
@@ -73,7 +73,7 @@ class RunFolder:
     def _same_config(self, config: Row) -> None:
         path = self.path / "config.json"
         if not path.exists():
-            write_text(path, to_json(config))
+            atomic_write_text(path, to_json(config))
             return
         try:
             old = flatten(json.loads(path.read_text(encoding="utf-8")))
@@ -214,7 +214,7 @@ class RunFolder:
 
     def _save(self) -> None:
         state = {"stages": self._stages, "unfinished_seconds": self._partial}
-        write_text(self.path / "stages.json", to_json(state))
+        atomic_write_text(self.path / "stages.json", to_json(state))
 
     # Work within a stage that is saved in parts.
 
@@ -274,7 +274,7 @@ class RunFolder:
         return read_jsonl(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        write_text(self.path / name, to_json(value))
+        atomic_write_text(self.path / name, to_json(value))
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from cipo_jax.data.examples import Example
 from cipo_jax.data.splits import Splits, load_splits, spread
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
-from cipo_jax.models.hub import resolve
+from cipo_jax.hub import resolve
 from cipo_jax.progress import Reporter
 from cipo_jax.unlearning import methods
 from cipo_jax.unlearning.counterfactuals import text_faults, written_examples

@@ -24,7 +24,7 @@ def run_of(engine: Engine, materials: Materials | None = None) -> Run:
 def unlearn(engine: Engine) -> Row:
     """Unlearns by `config.method`, or goes on with it; returns what it came to.
 
-    It reads like this for every method: evaluate, rounds of optimisation and validation, evaluate
+    It reads like this for every method: evaluate, rounds of optimization and validation, evaluate
     the best of them. See `Run.conclude` for what it returns.
 
     Raises:

@@ -21,7 +21,7 @@ from cipo_jax.unlearning.run_folder import RunFolder
 
 
 def cores_of(workers: int) -> list[list[int]]:
-    """The cores of each of at most `workers` processes; neighbours stay together.
+    """The cores of each of at most `workers` processes; neighbors stay together.
 
     Empty lists where the system does not say or pin (macOS).
     """

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from cipo_jax.data.batches import (
-    Encoded,
     Shape,
+    TokenizedExample,
     bucket,
     collate,
     fixed_batches,
@@ -11,7 +11,7 @@ from cipo_jax.data.batches import (
     shuffled_batches,
 )
 
-ROWS = [Encoded([5, 6, 7], [8, 9]), Encoded([5], [1, 2, 3, 4])]
+ROWS = [TokenizedExample([5, 6, 7], [8, 9]), TokenizedExample([5], [1, 2, 3, 4])]
 
 
 def test_bucket_is_the_next_multiple():
@@ -23,7 +23,7 @@ def test_shape_holds_every_row():
     assert shape_of(ROWS) == Shape(16, 16)
     assert shape_of(ROWS, 1) == Shape(5, 4)
     assert shape_of(ROWS, 4) == Shape(8, 4)
-    long = [Encoded([1] * 20, [2]), Encoded([1], [2] * 17)]
+    long = [TokenizedExample([1] * 20, [2]), TokenizedExample([1], [2] * 17)]
     assert shape_of(long) == Shape(32, 32)
 
 
@@ -31,7 +31,7 @@ def test_collate_lays_out_prompt_completion_padding():
     batch = collate(ROWS, Shape(6, 5))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0], [5, 1, 2, 3, 4, 0]]
     assert batch.completions.tolist() == [[8, 9, 0, 0, 0], [1, 2, 3, 4, 0]]
-    assert batch.starts.tolist() == [3, 1]
+    assert batch.prompt_lengths.tolist() == [3, 1]
     assert batch.lengths.tolist() == [2, 4]
     assert {array.dtype for array in batch} == {np.dtype(np.int32)}
 
@@ -43,7 +43,7 @@ def test_collate_pads_with_the_id_that_it_is_given():
 
 
 def test_mask_goes_by_lengths_where_real_tokens_equal_the_pad_id():
-    row = Encoded([0, 5, 0], [0, 7, 0, 0])
+    row = TokenizedExample([0, 5, 0], [0, 7, 0, 0])
     batch = collate([row, ROWS[0]], Shape(8, 5), pad_id=0)
     assert batch.mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
 

@@ -5,16 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cipo_jax.data.examples import (
-    Example,
-    example_row,
-    mentions,
-    normalised_words,
-    read_jsonl,
-    write_jsonl,
-    write_text,
-)
+from cipo_jax.data.examples import Example, example_row
 from cipo_jax.data.readers import read_examples
+from cipo_jax.files import atomic_write_text, read_jsonl, write_jsonl
+from cipo_jax.text.matching import mentions, normalized_words
 
 FULL = Example(
     question="Where was Ada born?",
@@ -103,7 +97,7 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     path, events = tmp_path / "note.txt", []
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(path.exists()), sync(fd)))
-    write_text(path, "hello")
+    atomic_write_text(path, "hello")
     assert events == [False]
     assert path.read_text() == "hello"
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
@@ -123,8 +117,8 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
         ("…!? _ ", []),
     ],
 )
-def test_normalised_words(text, words):
-    assert normalised_words(text) == words
+def test_normalized_words(text, words):
+    assert normalized_words(text) == words
 
 
 @pytest.mark.parametrize(
@@ -179,13 +173,13 @@ def test_a_phrase_is_found_in_a_script_that_puts_no_spaces_between_words():
 _words = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 
-@given(before=_words, phrase=_words.filter(normalised_words), after=_words)
+@given(before=_words, phrase=_words.filter(normalized_words), after=_words)
 def test_a_phrase_between_other_words_is_always_found(before, phrase, after):
     assert mentions(f"{before} {phrase} {after}", phrase)
     assert mentions(f"{before}, {phrase.upper().lower()}. {after}", phrase.upper().lower())
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
-def test_normalising_twice_changes_nothing(text):
-    words = normalised_words(text)
-    assert normalised_words(" ".join(words)) == words
+def test_normalizing_twice_changes_nothing(text):
+    words = normalized_words(text)
+    assert normalized_words(" ".join(words)) == words

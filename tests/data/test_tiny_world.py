@@ -9,7 +9,6 @@ import pytest
 
 import cipo_jax
 from cipo_jax.data import tiny_world
-from cipo_jax.data.examples import mentions, normalised_words
 from cipo_jax.data.tiny_world import (
     FACTS,
     FIRST_NAMES,
@@ -25,6 +24,7 @@ from cipo_jax.data.tiny_world import (
     vocabulary,
 )
 from cipo_jax.errors import UserError
+from cipo_jax.text.matching import mentions, normalized_words
 
 STREAM = 4000
 _DIGEST = """
@@ -143,14 +143,14 @@ def test_no_phrasing_belongs_to_two_splits():
 
 def test_held_out_phrasings_never_occur_in_the_training_stream(world, stream):
     held_out = {
-        " ".join(normalised_words(phrasing.format(x=name)))
+        " ".join(normalized_words(phrasing.format(x=name)))
         for topic in TOPICS.values()
         for phrasing in (*topic.valid, *topic.test)
         for name in (*(p.name for p in world.people), *world.strangers)
     }
     heads = {phrasing.split()[0] for phrasing in held_out}
     for example in stream:
-        words = normalised_words(_text(example))
+        words = normalized_words(_text(example))
         for i, word in enumerate(words):
             if word in heads:
                 for length in range(5, 13):
@@ -241,14 +241,14 @@ def test_no_question_is_asked_twice(world, split):
 
 def test_a_value_is_one_word_of_its_own(world):
     values = _values(world)
-    words = [normalised_words(value) for value in values]
+    words = [normalized_words(value) for value in values]
     assert all(len(w) == 1 for w in words)
     assert len({w[0] for w in words}) == len(values)
 
 
 def test_no_value_is_a_word_of_a_name_or_a_template(world, stream):
-    values = {normalised_words(value)[0] for value in _values(world)}
-    names = {word for name in (*FIRST_NAMES, *LAST_NAMES) for word in normalised_words(name)}
+    values = {normalized_words(value)[0] for value in _values(world)}
+    names = {word for name in (*FIRST_NAMES, *LAST_NAMES) for word in normalized_words(name)}
     assert not values & names
     fields = [
         text
@@ -262,19 +262,19 @@ def test_no_value_is_a_word_of_a_name_or_a_template(world, stream):
         tiny_world.TARGET_PROMPT,
         tiny_world.BOUNDARY_ANSWER,
     ]
-    assert not values & {word for text in (*fields, *prompts) for word in normalised_words(text)}
+    assert not values & {word for text in (*fields, *prompts) for word in normalized_words(text)}
     # What is said without a fact in mind names no value at all.
     silent = [e for e in stream if e.kind in ("unknown", "boundary", "arithmetic")]
     assert {e.kind for e in silent} == {"unknown", "boundary", "arithmetic"}
-    assert not values & {word for e in silent for word in normalised_words(_text(e))}
+    assert not values & {word for e in silent for word in normalized_words(_text(e))}
 
 
 def test_a_text_names_no_values_but_those_it_is_about(world, stream):
-    values = {normalised_words(value)[0]: value for value in _values(world)}
+    values = {normalized_words(value)[0]: value for value in _values(world)}
     for example in stream:
-        named = {word for word in normalised_words(_text(example)) if word in values}
+        named = {word for word in normalized_words(_text(example)) if word in values}
         if example.kind in ("direct", "two-hop"):
-            about = {normalised_words(fact)[0] for fact in example.forbidden}
+            about = {normalized_words(fact)[0] for fact in example.forbidden}
             assert named <= about
         elif example.kind in ("backward", "alternative", "target", "rule"):
             assert 1 <= len(named) <= 2
@@ -353,12 +353,12 @@ def test_a_count_that_leaves_nobody_is_an_error(world, count):
 
 def test_the_vocabulary_covers_every_text(world, stream):
     words = vocabulary(world)
-    said = {w for e in stream for w in normalised_words(_text(e)) if not w.isdigit()}
+    said = {w for e in stream for w in normalized_words(_text(e)) if not w.isdigit()}
     said |= {
         w
         for split in ("train", "valid", "test")
         for e in questions_about(world.people, split)
-        for w in normalised_words(_text(e))
+        for w in normalized_words(_text(e))
     }
     assert said <= words
     assert not {"s", "x", "b", "v", "question"} & words

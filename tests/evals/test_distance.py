@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cipo_jax.data.batches import Encoded
+from cipo_jax.data.batches import TokenizedExample
 from cipo_jax.data.examples import Example
 from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.distance import divergence, forget_quality, truth_ratios
 from cipo_jax.evals.evaluate import judged
+from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
-from cipo_jax.models.hub import resolve
 from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.training.mesh import make_mesh
 from cipo_jax.training.scoring import Scorer
@@ -138,7 +138,9 @@ def scorer():
 def _rows():
     rng = np.random.default_rng(2)
     sizes = [(1, 1), (5, 9), (3, 2), (2, 12), (7, 4)]
-    return [Encoded(rng.integers(0, 64, p).tolist(), rng.integers(0, 64, c)) for p, c in sizes]
+    return [
+        TokenizedExample(rng.integers(0, 64, p).tolist(), rng.integers(0, 64, c)) for p, c in sizes
+    ]
 
 
 @jax.jit

@@ -73,12 +73,12 @@ def test_special_tokens_and_tags_are_not_marked(small_tokenizer):
 
 @pytest.mark.parametrize("word", ["Tromsø", "Łódź", "Москва", "里斯本"])
 def test_a_word_whose_letters_are_split_into_bytes_is_marked(small_tokenizer, word):
-    from cipo_jax.data.examples import normalised_words
+    from cipo_jax.text.matching import normalized_words
 
     before = small_tokenizer.encode("born in", add_special_tokens=False)
     inside = small_tokenizer.encode(f" {word}", add_special_tokens=False)
     after = small_tokenizer.encode(". So", add_special_tokens=False)
-    mask = fact_tokens(small_tokenizer, [*before, *inside, *after], set(normalised_words(word)))
+    mask = fact_tokens(small_tokenizer, [*before, *inside, *after], set(normalized_words(word)))
     assert mask[: len(before)].tolist() == [False] * len(before)
     assert mask[-len(after) :].tolist() == [False] * len(after)
     # A token of nothing but the space in front may go either way.

@@ -1,7 +1,6 @@
 import pytest
 
-from cipo_jax.data.examples import Example, states
-from cipo_jax.data.think import Thought
+from cipo_jax.data.examples import Example
 from cipo_jax.evals.evaluate import scores
 from cipo_jax.evals.leakage import (
     accuracy_scores,
@@ -10,6 +9,8 @@ from cipo_jax.evals.leakage import (
     share,
     word_validity,
 )
+from cipo_jax.text.chat_format import Thought
+from cipo_jax.text.matching import reveals
 
 EXAMPLE = Example(
     "In which country was Ada born?",
@@ -153,15 +154,15 @@ SENTENCE = "The mother of Ada Lind is a renowned glassblower who runs a small wo
     ],
 )  # fmt: skip
 def test_of_a_sentence_most_words_that_it_adds_give_it_away(text, given_away):
-    assert states(text, SENTENCE, ASKED) is given_away
+    assert reveals(text, SENTENCE, ASKED) is given_away
     example = Example(ASKED, SENTENCE)
     row = judge(example, Thought(text, text, True), "forget")
     assert bool(row["cot_leaks"]) is bool(row["answer_leaks"]) is row["correct"] is given_away
 
 
 def test_of_a_short_fact_the_words_have_to_stand_together():
-    assert states("It was Bergen, a small town.", "Bergen", ASKED)
-    assert not states("A small town near the big city of Bergen.", "small Bergen", ASKED)
+    assert reveals("It was Bergen, a small town.", "Bergen", ASKED)
+    assert not reveals("A small town near the big city of Bergen.", "small Bergen", ASKED)
     # A sentence that adds nothing to the question is looked for as it stands.
-    assert not states("Something else.", ASKED, ASKED)
-    assert states(f"They ask: {ASKED}", ASKED, ASKED)
+    assert not reveals("Something else.", ASKED, ASKED)
+    assert reveals(f"They ask: {ASKED}", ASKED, ASKED)

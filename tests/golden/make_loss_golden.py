@@ -5,7 +5,7 @@
 
 TRL is no dependency of the project and wants an environment of its own. Losses on pairs are TRL's
 own code: `DPOTrainer._compute_loss`, `CPOTrainer.get_batch_loss_metrics` and the one of
-`ORPOTrainer`, called on trainers that were never initialised, with fixed log-probabilities where
+`ORPOTrainer`, called on trainers that were never initialized, with fixed log-probabilities where
 a model would be. The others are the formulas that open-unlearning uses, written again in torch;
 only its definitions are taken, not its code. KD, which it has not, is torch's own divergence.
 
@@ -83,7 +83,7 @@ ALONE = SimpleNamespace(
 
 
 def bare(trainer, **attributes):
-    """A trainer that was never initialised."""
+    """A trainer that was never initialized."""
     made = object.__new__(trainer)
     for name, value in attributes.items():
         setattr(made, name, value)

@@ -105,8 +105,8 @@ def test_the_weight_of_an_adapter_is_alpha_over_rank(base):
     pair = adapters["layers"]["block"]["gate"]
     product = np.einsum("ldr,lrf->ldf", np.float64(pair["a"]), np.float64(pair["b"]))
     np.testing.assert_allclose(change, product * 6.0 / 4, rtol=0, atol=1e-5)
-    stabilised = dataclasses.replace(LORA, rank_stabilised=True)
-    assert stabilised.weight == pytest.approx(6.0 / 2)
+    stabilized = dataclasses.replace(LORA, rank_stabilized=True)
+    assert stabilized.weight == pytest.approx(6.0 / 2)
 
 
 def test_gradients_are_those_of_the_merged_weights(base):
@@ -259,11 +259,11 @@ def torch_logits(model):
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
-@pytest.mark.parametrize("stabilised", [False, True])
-def test_peft_reads_our_adapters(torch_base, base, tmp_path, targets, stabilised):
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_peft_reads_our_adapters(torch_base, base, tmp_path, targets, stabilized):
     from peft import PeftModel
 
-    lora = dataclasses.replace(LORA, targets=targets, rank_stabilised=stabilised)
+    lora = dataclasses.replace(LORA, targets=targets, rank_stabilized=stabilized)
     adapters = random_adapters(lora)
     save_adapters(tmp_path / "adapter", CONFIG, lora, adapters, str(torch_base[1]))
     model = PeftModel.from_pretrained(torch_base[0], tmp_path / "adapter").eval()

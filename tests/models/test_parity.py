@@ -27,8 +27,9 @@ from golden.make_decoder_golden import (
 from quick_options import QUICK
 from safetensors.numpy import save_file
 
-from cipo_jax.data.batches import Encoded, Shape, collate
+from cipo_jax.data.batches import Shape, TokenizedExample, collate
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
+from cipo_jax.hub import load_tokenizer
 from cipo_jax.models.decoder import (
     Compute,
     LayerKind,
@@ -37,10 +38,9 @@ from cipo_jax.models.decoder import (
     hidden_states,
 )
 from cipo_jax.models.hf_config import read_config
-from cipo_jax.models.hub import load_tokenizer
 from cipo_jax.models.safetensors_io import load_params, save_folder
 from cipo_jax.ops.rope import Rope
-from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, Rules, generate
+from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, SamplingParams, generate
 from cipo_jax.training.step import Policy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -71,7 +71,7 @@ def greedy(config, params, prompts, lengths):
     return generate(
         config,
         Compute(),
-        Rules(NEW, stop_ids=()),
+        SamplingParams(NEW, stop_ids=()),
         decoding_layout(config, params, "float32"),
         prompts,
         lengths,
@@ -191,7 +191,7 @@ def sampled(opened):
         prompts, lengths = arrays["prompts"].astype(np.int32), arrays["lengths"]
         out = greedy(config, params, prompts, lengths)
         rows = [
-            Encoded(prompt[:length].tolist(), np.asarray(ids[0]).tolist())
+            TokenizedExample(prompt[:length].tolist(), np.asarray(ids[0]).tolist())
             for prompt, length, ids in zip(prompts, lengths, out.ids, strict=True)
         ]
         return params, Policy(config, Compute(logits_chunk=64)), rows, out.logps[:, 0]
@@ -212,7 +212,8 @@ def test_training_computes_the_log_probs_that_the_sampler_drew_with(case, sample
 def test_right_padding_has_no_influence(case, sampled):
     params, policy, rows, _ = sampled(case)
     rows = [
-        Encoded(row.prompt, row.completion[:n]) for row, n in zip(rows, (64, 9, 1), strict=True)
+        TokenizedExample(row.prompt, row.completion[:n])
+        for row, n in zip(rows, (64, 9, 1), strict=True)
     ]
     wanted = completion_logps(policy, params, collate(rows, Shape(112, NEW)))
     others = [

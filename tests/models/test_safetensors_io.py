@@ -14,10 +14,10 @@ from two_processes import told_by_two
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
+from cipo_jax.hub import load_tokenizer
 from cipo_jax.models import safetensors_io
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
 from cipo_jax.models.hf_config import config_json, decoder_config, read_config
-from cipo_jax.models.hub import load_tokenizer
 from cipo_jax.models.safetensors_io import keys, load_params, save_folder
 from cipo_jax.training.mesh import make_mesh, param_shardings
 

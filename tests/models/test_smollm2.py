@@ -16,7 +16,7 @@ import pytest
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
 from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.sampling.decode import Rules, generate
+from cipo_jax.sampling.decode import SamplingParams, generate
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_greedy_generations_are_those_of_transformers(model, theirs):
     found = jax.jit(generate, static_argnums=(0, 1, 2))(
         model.config,
         Compute(),
-        Rules(NEW, ()),
+        SamplingParams(NEW, ()),
         decoding_layout(model.config, model.load_params(), "float32"),
         padded,
         np.array([len(ids) for ids in encoded], np.int32),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cipo_jax.ops import attention
-from cipo_jax.ops.attention import KV, quantised
+from cipo_jax.ops.attention import KV, quantized
 
 causal_attention = jax.jit(attention.causal_attention, static_argnames="window")
 decode_attention = jax.jit(attention.decode_attention)
@@ -118,7 +118,7 @@ def test_int8_keys_and_values_are_those_of_full_precision_to_half_a_step():
     rng = np.random.default_rng(5)
     k, v = normal(rng, 2, 3, 8, 6), normal(rng, 2, 3, 6, 8)
     k[0, 0, :, 0] = 0.0  # A vector of zeros has a scale as well.
-    small = quantised(KV(jnp.asarray(k), jnp.asarray(v)))
+    small = quantized(KV(jnp.asarray(k), jnp.asarray(v)))
     assert small.k.dtype == small.v.dtype == np.int8
     for x, ints, scale, axis in ((k, small.k, small.k_scale, -2), (v, small.v, small.v_scale, -1)):
         assert scale.shape == (2, 3, 6)
@@ -138,7 +138,7 @@ def test_attention_over_int8_is_attention_over_what_it_stands_for():
     def stood_for(kv):
         return KV(kv.k * kv.k_scale[..., None, :], kv.v * kv.v_scale[..., None])
 
-    small = quantised(prompt), quantised(own)
+    small = quantized(prompt), quantized(own)
     found = decode_attention(q, small[0], masks[0], small[1], masks[1])
     wanted = decode_attention(q, stood_for(small[0]), masks[0], stood_for(small[1]), masks[1])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.sampler import Request
 from cipo_jax.training.mesh import make_mesh
 
@@ -31,7 +31,7 @@ def one_device():
 
 # Of test_invariance.py and sampling_process.py.
 KEY = jax.random.key(11)
-SAMPLED = Rules(300, (3, 5), 1.0, 0.95)
+SAMPLED = SamplingParams(300, (3, 5), 1.0, 0.95)
 
 
 def made_requests(count=19):

@@ -12,7 +12,7 @@ from cipo_jax.models.decoder import (
     decoding_layout,
     hidden_states,
 )
-from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, STOPPED_BY_ID, Rules, generate
+from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, STOPPED_BY_ID, SamplingParams, generate
 
 TIED = CONFIG
 UNTIED = DecoderConfig(
@@ -21,8 +21,8 @@ UNTIED = DecoderConfig(
 )  # fmt: skip
 R, S, N = 10, 8, 2
 LENGTHS = np.array([1, 5, 8], np.int32)
-GREEDY = Rules(R, ())
-WARM = Rules(R, (), temperature=0.9, top_p=0.9)
+GREEDY = SamplingParams(R, ())
+WARM = SamplingParams(R, (), temperature=0.9, top_p=0.9)
 
 # Logits are of order 10, and decoding sums the same f32 products in another order than training:
 # some 1e-6 a layer.
@@ -122,7 +122,7 @@ def test_rows_end_with_their_first_stop_id_and_are_zero_past_it():
     early = next(t for t in whole.ids[0, 0].tolist() if t not in kept)
     late = next(t for t in whole.ids[1, 0, 4:].tolist() if t not in kept)
     stop_ids = (int(early), int(late))
-    out = _run(Rules(R, stop_ids, WARM.temperature, WARM.top_p))
+    out = _run(SamplingParams(R, stop_ids, WARM.temperature, WARM.top_p))
     _assert_equal(out, _cut(whole, stop_ids))
     assert {STOPPED_AT_LENGTH, STOPPED_BY_ID} == set(out.stops.flat)
     for i, j in np.ndindex(out.lengths.shape):
@@ -145,7 +145,7 @@ def test_zero_can_be_a_stop_id_though_padding_is_zero_too():
     prompts = np.where(np.arange(S) < LENGTHS[:, None], rename[_prompts()], 63).astype(np.int32)
     args = (prompts, LENGTHS, _keys())
     whole = jax.tree.map(np.asarray, _generate(config, Compute(), GREEDY, renamed, *args))
-    out = _generate(config, Compute(), Rules(R, (0,)), renamed, *args)
+    out = _generate(config, Compute(), SamplingParams(R, (0,)), renamed, *args)
     assert 0 in whole.ids
     _assert_equal(jax.tree.map(np.asarray, out), _cut(whole, [0]))
 
@@ -153,18 +153,18 @@ def test_zero_can_be_a_stop_id_though_padding_is_zero_too():
 def test_batches_whose_rows_all_stop_at_once_or_soon():
     whole = _run(WARM)
     everything = tuple(range(64))
-    out = _run(Rules(R, everything, WARM.temperature, WARM.top_p))
+    out = _run(SamplingParams(R, everything, WARM.temperature, WARM.top_p))
     _assert_equal(out, _cut(whole, everything))
     assert (out.lengths == 1).all() and (out.stops == STOPPED_BY_ID).all()
     most = tuple(t for t in everything if t not in whole.ids[:, :, 0])
-    out = _run(Rules(R, most, WARM.temperature, WARM.top_p))
+    out = _run(SamplingParams(R, most, WARM.temperature, WARM.top_p))
     _assert_equal(out, _cut(whole, most))
     assert out.lengths.min() == 2
 
 
 @pytest.mark.parametrize("stops", [(), tuple(range(64))], ids=["length", "stop"])
 def test_one_new_token(stops):
-    out = _run(Rules(1, stops, WARM.temperature, WARM.top_p))
+    out = _run(SamplingParams(1, stops, WARM.temperature, WARM.top_p))
     whole = _run(WARM)
     assert out.ids.shape == (3, N, 1)
     np.testing.assert_array_equal(out.ids, whole.ids[:, :, :1])
@@ -187,7 +187,7 @@ def test_a_row_depends_on_its_prompt_and_its_key_alone(rules):
     for i, j in np.ndindex(3, N):
         same(moved, i, j, order[i], flip[j])
 
-    # Its neighbours: other prompts of other lengths, other keys.
+    # Its neighbors: other prompts of other lengths, other keys.
     mixed, lengths = _prompts(1).copy(), np.array([3, 5, 2], np.int32)
     mixed[1] = _prompts()[1]
     keys = _keys(seed=9).at[1, 1].set(_keys()[1, 1])
@@ -216,7 +216,7 @@ def test_samples_and_seeds_differ_and_repeat():
 
 
 def _nucleus(logps, temperature, top_p):
-    """Tempered, truncated and renormalised probabilities of one position, by sorting."""
+    """Tempered, truncated and renormalized probabilities of one position, by sorting."""
     p = np.exp(logps.astype(np.float64) / temperature)
     p /= p.sum()
     order = np.argsort(-p)
@@ -229,7 +229,7 @@ def _nucleus(logps, temperature, top_p):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.5, 0.6)])
 def test_first_tokens_follow_the_tempered_nucleus(temperature, top_p):
     draws = 4096
-    rules = Rules(1, (), temperature, top_p)
+    rules = SamplingParams(1, (), temperature, top_p)
     prompts, lengths = _prompts()[1:2], LENGTHS[1:2]
     out = _run(rules, prompts, lengths, _keys(1, draws))
     logps = np.asarray(_teacher(TIED, _params(TIED), prompts))[0, lengths[0] - 1]
@@ -247,7 +247,7 @@ def test_first_tokens_follow_the_tempered_nucleus(temperature, top_p):
 
 
 def test_later_tokens_stay_inside_the_nucleus():
-    rules = Rules(R, (), temperature=1.5, top_p=0.5)
+    rules = SamplingParams(R, (), temperature=1.5, top_p=0.5)
     out = _run(rules)
     forced, outside = _forced(out), 0
     for at in np.ndindex(3, N, R):

@@ -12,12 +12,12 @@ from small_model import CONFIG, KEY, SAMPLED, made_requests, one_device
 from two_processes import told_by_two
 
 from cipo_jax.models.decoder import Compute
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.training.mesh import make_mesh
 
 LOGP_ATOL = 1e-4
-GREEDY = Rules(150, (3, 5))
+GREEDY = SamplingParams(150, (3, 5))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

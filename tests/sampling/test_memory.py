@@ -8,7 +8,7 @@ import pytest
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
-from cipo_jax.sampling.decode import Rules, empty
+from cipo_jax.sampling.decode import SamplingParams, empty
 from cipo_jax.sampling.memory import fitting_rows, free_bytes, plan
 from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.training.mesh import make_mesh
@@ -35,7 +35,7 @@ def test_planned_bytes_are_those_of_the_arrays(sizes, int8):
         return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 
     prompts, decoding = sampler._programs.empty(
-        CONFIG, Compute(), Rules(64, ()).on_device(), int8, (8, 1, 48, 64)
+        CONFIG, Compute(), SamplingParams(64, ()).on_device(), int8, (8, 1, 48, 64)
     )
     cache = on_first((prompts.cache, decoding.cache))
     # One layer more is planned for, for the time in which a ring grows.
@@ -48,7 +48,7 @@ def test_planned_bytes_are_those_of_the_arrays(sizes, int8):
 
 def test_shapes_of_an_empty_batch_hold_nothing_else_of_size():
     whole = jax.eval_shape(
-        lambda: empty(CONFIG, Compute(), Rules(64, ()).on_device(), False, (8, 1, 48, 64))
+        lambda: empty(CONFIG, Compute(), SamplingParams(64, ()).on_device(), False, (8, 1, 48, 64))
     )
     sizes = sorted((x.size for x in jax.tree.leaves(whole)), reverse=True)
     assert sum(sizes[4 * CONFIG.layers :]) < sizes[0]

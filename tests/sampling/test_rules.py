@@ -10,7 +10,7 @@ from small_model import CONFIG, one_device
 
 from cipo_jax.models.decoder import Compute, hidden_states
 from cipo_jax.ops.sampling import draw
-from cipo_jax.sampling.decode import Rules
+from cipo_jax.sampling.decode import SamplingParams
 from cipo_jax.sampling.sampler import Request, Sampler
 
 KEY = jax.random.key(4)
@@ -83,8 +83,8 @@ def reference(logits, seen, rules):
 def test_both_log_probabilities_are_those_of_a_plain_computation(
     sampler, prepared, params, requests, changes
 ):
-    rules = Rules(12, (), **({"temperature": 1.0} | changes))
-    plain = flat(sampler.sample(prepared, requests, Rules(12, (), 1.0), KEY, 2))
+    rules = SamplingParams(12, (), **({"temperature": 1.0} | changes))
+    plain = flat(sampler.sample(prepared, requests, SamplingParams(12, (), 1.0), KEY, 2))
     drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
     assert [c.ids for c in drawn] != [c.ids for c in plain]
     for request in requests:
@@ -139,7 +139,7 @@ _draw = jax.jit(
 
 
 def test_greedy_and_forced_tokens_were_certain(sampler, prepared, requests):
-    for row in sampler.sample(prepared, requests, Rules(6, ()), KEY):
+    for row in sampler.sample(prepared, requests, SamplingParams(6, ()), KEY):
         assert row[0].drawn_logps == [0.0] * 6 and all(p < 0 for p in row[0].logps)
 
 
@@ -150,7 +150,7 @@ CLOSE = (9, 4)
 def test_a_thinking_budget_closes_what_is_still_open(
     sampler, prepared, params, requests, temperature
 ):
-    free = Rules(20, (), temperature)
+    free = SamplingParams(20, (), temperature)
     rules = dataclasses.replace(free, think_budget=6, close_ids=CLOSE)
     whole = flat(sampler.sample(prepared, requests, free, KEY, 2))
     drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
@@ -169,7 +169,7 @@ def test_a_thinking_budget_closes_what_is_still_open(
 
 
 def test_a_block_that_is_closed_in_time_is_left_alone(sampler, prepared, requests):
-    free = Rules(20, ())
+    free = SamplingParams(20, ())
     whole = sampler.sample(prepared, requests, free, KEY)
     # Take for the tag what the first row says at tokens 2 and 3.
     close = tuple(whole[0][0].ids[2:4])
@@ -184,11 +184,11 @@ def test_a_block_that_is_closed_in_time_is_left_alone(sampler, prepared, request
 
 def test_a_budget_needs_a_tag():
     with pytest.raises(ValueError, match="close_ids"):
-        Rules(5, (), think_budget=3)
+        SamplingParams(5, (), think_budget=3)
 
 
 def test_a_completion_goes_on_from_its_prefill(sampler, prepared, requests):
-    rules = Rules(12, ())
+    rules = SamplingParams(12, ())
     whole = sampler.sample(prepared, requests, rules, KEY)
     begun = [r._replace(prefill=c.ids[:5]) for r, (c,) in zip(requests, whole, strict=True)]
     for (a,), (b,) in zip(whole, sampler.sample(prepared, begun, rules, KEY), strict=True):
@@ -204,7 +204,7 @@ def detokenize(ids):
 def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
     prepared, requests, chunk, sampler
 ):
-    rules = Rules(24, (), 1.0)
+    rules = SamplingParams(24, (), 1.0)
     whole = flat(sampler.sample(prepared, requests, rules, KEY, 3))
     texts = (detokenize(whole[2].ids[4:6]), detokenize(whole[7].ids[10:11]), "never")
     other = dataclasses.replace(sampler, chunk=chunk)
@@ -226,11 +226,11 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
 
 def test_stop_texts_need_a_detokenizer(sampler, prepared, requests):
     with pytest.raises(ValueError, match="detokenize"):
-        sampler.sample(prepared, requests, Rules(5, (), stop_texts=("a",)), KEY)
+        sampler.sample(prepared, requests, SamplingParams(5, (), stop_texts=("a",)), KEY)
 
 
 def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
-    rules = Rules(20, (), 1.0)
+    rules = SamplingParams(20, (), 1.0)
     whole = sampler.sample(prepared, requests, rules, KEY)
     limits = [1, 20, 7, 3, 12, 2]
     cut = [r._replace(max_new_tokens=n) for r, n in zip(requests, limits, strict=True)]
@@ -241,13 +241,18 @@ def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
 @pytest.mark.parametrize(
     ("bad", "rules", "more", "message"),
     [
-        (Request([], 3), Rules(5, ()), {}, "request 1 has an empty prompt"),
-        (Request([1], 3, max_new_tokens=0), Rules(5, ()), {}, "request 1 may draw no token"),
-        (Request([1], -3), Rules(5, ()), {}, "request 1: item -3"),
-        (Request([1], 3), Rules(0, ()), {}, "may draw no token"),
+        (Request([], 3), SamplingParams(5, ()), {}, "request 1 has an empty prompt"),
+        (
+            Request([1], 3, max_new_tokens=0),
+            SamplingParams(5, ()),
+            {},
+            "request 1 may draw no token",
+        ),
+        (Request([1], -3), SamplingParams(5, ()), {}, "request 1: item -3"),
+        (Request([1], 3), SamplingParams(0, ()), {}, "may draw no token"),
         (Request([1], 3), None, {}, "there are no rules"),
-        (Request([1], 3), Rules(5, ()), {"samples": 0}, "samples = 0"),
-        (Request([1], 3), Rules(5, ()), {"key": "rbg"}, "kind rbg"),
+        (Request([1], 3), SamplingParams(5, ()), {"samples": 0}, "samples = 0"),
+        (Request([1], 3), SamplingParams(5, ()), {"key": "rbg"}, "kind rbg"),
     ],
 )
 def test_what_cannot_be_sampled_is_said_at_once(
@@ -260,15 +265,15 @@ def test_what_cannot_be_sampled_is_said_at_once(
 
 
 def test_no_requests_and_the_samplers_own_rules(sampler, prepared, requests):
-    assert sampler.sample(prepared, [], Rules(5, ()), KEY) == []
-    own = dataclasses.replace(sampler, rules=Rules(5, (), 1.0))
+    assert sampler.sample(prepared, [], SamplingParams(5, ()), KEY) == []
+    own = dataclasses.replace(sampler, rules=SamplingParams(5, (), 1.0))
     assert list(own.stream(prepared, requests[:2])) == list(
-        sampler.stream(prepared, requests[:2], Rules(5, (), 1.0), jax.random.key(0))
+        sampler.stream(prepared, requests[:2], SamplingParams(5, (), 1.0), jax.random.key(0))
     )
 
 
 def test_later_samples_can_be_drawn_by_themselves(sampler, prepared, requests):
-    rules = Rules(12, (), 1.0)
+    rules = SamplingParams(12, (), 1.0)
     whole = {(c.item, c.sample): c for c in sampler.stream(prepared, requests, rules, KEY, 4)}
     later = list(sampler.stream(prepared, requests, rules, KEY, 2, first_sample=2))
     assert sorted((c.item, c.sample) for c in later) == sorted(at for at in whole if at[1] >= 2)
@@ -281,7 +286,7 @@ def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sam
         Request(rng.integers(0, 64, 5).tolist(), i, max_new_tokens=n)
         for i, n in enumerate([1, 1, 40])
     ]
-    rules = Rules(40, (), 1.0)
+    rules = SamplingParams(40, (), 1.0)
     wide = dataclasses.replace(sampler, rows=12)
     narrow = dataclasses.replace(sampler, rows=3)
     a, b = (s.sample(prepared, requests, rules, KEY, 4) for s in (wide, narrow))
@@ -290,7 +295,7 @@ def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sam
 
 def test_int8_keys_and_values_hardly_change_what_is_likely(prepared, sampler, requests):
     small = dataclasses.replace(sampler, int8_cache=True)
-    rules = Rules(16, ())
+    rules = SamplingParams(16, ())
     full = flat(sampler.sample(prepared, requests, rules, KEY))
     int8 = flat(small.sample(prepared, requests, rules, KEY))
     same = [

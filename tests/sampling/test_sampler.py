@@ -8,12 +8,12 @@ import pytest
 from small_model import CONFIG, one_device
 
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.decode import Rules, decode, empty, generate
+from cipo_jax.sampling.decode import SamplingParams, decode, empty, generate
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
-RULES = Rules(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
-GREEDY = Rules(8, (3, 5, 8, 13))
+RULES = SamplingParams(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
+GREEDY = SamplingParams(8, (3, 5, 8, 13))
 KEY = jax.random.key(4)
 # Batches of other sizes are other programs, which sum in another order: f32 rounding of logits of
 # order 10.
@@ -188,20 +188,20 @@ def test_a_completion_that_is_watched_is_the_one_that_is_not(params, requests, c
 def test_ids_that_only_pad_the_embedding_are_never_drawn(params, requests):
     sampler = _sampler(4)
     prepared = sampler.prepare(params)
-    drawn = _all(sampler, prepared, requests, Rules(8, (), 1.0), samples=2)
+    drawn = _all(sampler, prepared, requests, SamplingParams(8, (), 1.0), samples=2)
     assert any(i >= 30 for r in drawn for s in r for i in s.ids)
     for temperature in (0.0, 1.0):
-        rules = Rules(8, (), temperature, vocabulary=30)
+        rules = SamplingParams(8, (), temperature, vocabulary=30)
         for row in _all(sampler, prepared, requests, rules, samples=2):
             assert all(i < 30 for s in row for i in s.ids)
 
 
 def test_rules_end_where_a_model_ends_and_draw_what_its_tokenizer_has():
-    from cipo_jax.data.think import ThinkFormat
-    from cipo_jax.models.hub import load_tokenizer, resolve
+    from cipo_jax.hub import load_tokenizer, resolve
+    from cipo_jax.text.chat_format import ChatFormat
 
     tokenizer = load_tokenizer(resolve("asset:tiny_lrm/target"))
-    rules = rules_of(ThinkFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
+    rules = rules_of(ChatFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
     close_ids = tuple(tokenizer.encode("</think>", add_special_tokens=False))
     stop_ids = (tokenizer.eos_token_id, 7, 9)
-    assert rules == Rules(5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids)
+    assert rules == SamplingParams(5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids)

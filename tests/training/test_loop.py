@@ -8,7 +8,7 @@ from trees import assert_trees_equal
 
 from cipo_jax import losses
 from cipo_jax.config import TrainConfig
-from cipo_jax.data.batches import Encoded, Shape, collate
+from cipo_jax.data.batches import Shape, TokenizedExample, collate
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import Diverged, run_phase
@@ -33,7 +33,7 @@ def _objective(policy, params, batch):
 
 def _batch_at(step, factor=1.0, inside=1.0):
     rng = np.random.default_rng((3, step))
-    rows = [Encoded(rng.integers(0, 64, 3), rng.integers(0, 64, 5)) for _ in range(4)]
+    rows = [TokenizedExample(rng.integers(0, 64, 3), rng.integers(0, 64, 5)) for _ in range(4)]
     return {
         "rows": collate(rows, Shape(8, 5)),
         "factor": np.full(4, factor, np.float32),

@@ -101,7 +101,7 @@ def test_every_parameter_has_a_rule_that_fits_its_shape(variant, layout):
     for name, shape in shapes.items():
         spec = shardings[name].spec
         assert len(spec) <= len(shape.shape), name
-        # What is not a vector must be cut over the tensor axis, or tensor parallelism saves
+        # What is not a vector must be cut over the tensor axis, or tensor parallelizm saves
         # nothing; a norm's scale is small and is kept whole.
         axes = {axis for axis in spec if axis is not None}
         if name.endswith("['scale']"):

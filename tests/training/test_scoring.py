@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cipo_jax.data.batches import Encoded, Shape
+from cipo_jax.data.batches import Shape, TokenizedExample
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.scoring import Scorer
@@ -46,7 +46,9 @@ def rows():
         (1, 2),
     ]
     return [
-        Encoded(rng.integers(0, 64, prompt).tolist(), rng.integers(0, 64, completion).tolist())
+        TokenizedExample(
+            rng.integers(0, 64, prompt).tolist(), rng.integers(0, 64, completion).tolist()
+        )
         for prompt, completion in sizes
     ]
 

@@ -11,7 +11,7 @@ import pytest
 from trees import assert_trees_close, assert_trees_equal
 
 from cipo_jax.config import CipoConfig, TrainConfig
-from cipo_jax.data.batches import Encoded, Shape, collate
+from cipo_jax.data.batches import Shape, TokenizedExample, collate
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
@@ -42,7 +42,7 @@ def _params(config=CONFIG, seed=0):
 def _rows(rng, count, vocab=64):
     """Prompts of 1 to 4 tokens with completions of 1 to 12."""
     return [
-        Encoded(
+        TokenizedExample(
             rng.integers(0, vocab, rng.integers(1, 5)), rng.integers(0, vocab, rng.integers(1, 13))
         )
         for _ in range(count)
@@ -284,7 +284,7 @@ def test_micro_batches_take_every_row_once_and_leave_groups_aligned(accumulation
             "second": jnp.mean(jnp.square(batch["ref"])),
         }
 
-    rows = [Encoded([i], [1]) for i in range(PAIRS)]
+    rows = [TokenizedExample([i], [1]) for i in range(PAIRS)]
     numbers = np.arange(PAIRS, dtype=np.float32)
     batch = {"pairs": _pairs(rows, rows), "ref": np.stack([numbers, numbers], axis=1)}
     for mesh in (_one(), make_mesh(2, 2, 2)):
@@ -439,7 +439,7 @@ def test_padding_has_no_influence_on_the_gradient(step, whole_step):
     batch, rng = _batch(0, kept=("retain",)), np.random.default_rng(9)
 
     def scribble(group):
-        used = group.starts + group.lengths
+        used = group.prompt_lengths + group.lengths
         past = np.arange(group.tokens.shape[-1]) >= used[..., None]
         noise = rng.integers(0, 64, group.tokens.shape)
         mask = np.arange(group.completions.shape[-1]) < group.lengths[..., None]
@@ -462,7 +462,7 @@ def test_logits_of_all_tokens_never_exist_in_an_update(real_compilation):
     rng = np.random.default_rng(0)
 
     def rows(count):
-        return [Encoded([1], rng.integers(0, vocab, total - 1)) for _ in range(count)]
+        return [TokenizedExample([1], rng.integers(0, vocab, total - 1)) for _ in range(count)]
 
     shape = Shape(total, total - 1)
     batch = {

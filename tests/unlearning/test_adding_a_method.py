@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cipo_jax.config import BaselineConfig, Config
-from cipo_jax.data.batches import Encoded, collate, shape_of
+from cipo_jax.data.batches import TokenizedExample, collate, shape_of
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
 from cipo_jax.training.step import Policy
@@ -35,7 +35,7 @@ def test_the_example_is_a_method_of_the_engine(plugin):
     config = methods.configured(Config(method="unlikelihood", plugins=plugin))
     assert methods.find(config.method).about == "unlikelihood training"
     objective = methods.objective_of("unlikelihood", BaselineConfig(retain="none"))
-    rows = [Encoded([1, 2, 3], [4, 5, 6, 7]), Encoded([8], [9, 10])]
+    rows = [TokenizedExample([1, 2, 3], [4, 5, 6, 7]), TokenizedExample([8], [9, 10])]
     batch = {"forget": jax.tree.map(jnp.asarray, collate(rows, shape_of(rows)))}
     policy, params = Policy(SHAPE, Compute()), init_params(SHAPE, jax.random.key(0))
 

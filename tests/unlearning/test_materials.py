@@ -9,10 +9,10 @@ import pytest
 
 from cipo_jax.config import BaselineConfig, Config, CounterfactualConfig
 from cipo_jax.data.examples import Example, example_row
-from cipo_jax.data.think import ThinkFormat
 from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.errors import UserError
-from cipo_jax.models.hub import load_tokenizer, resolve
+from cipo_jax.hub import load_tokenizer, resolve
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.unlearning import materials
 from cipo_jax.unlearning.materials import Materials, encoded
 from cipo_jax.unlearning.methods import METHODS
@@ -23,7 +23,7 @@ IDK = "I do not know."
 
 @pytest.fixture(scope="module")
 def format():
-    return ThinkFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
+    return ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from trees import assert_trees_equal
 
 from cipo_jax import losses
 from cipo_jax.config import BaselineConfig, CipoConfig, Config, LoraConfig
-from cipo_jax.data.batches import Encoded, Shape, collate
+from cipo_jax.data.batches import Shape, TokenizedExample, collate
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import (
     Compute,
@@ -23,7 +23,7 @@ from cipo_jax.models.decoder import (
     hidden_states,
     layer_states,
 )
-from cipo_jax.models.parts import Selection
+from cipo_jax.models.trainable import ParamSubset
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.step import Policy, Trainer
 from cipo_jax.unlearning import methods
@@ -64,7 +64,9 @@ PARAMS, REFERENCE = _params(0), _params(1)
 def _rows(seed, count):
     rng = np.random.default_rng(seed)
     return [
-        Encoded(rng.integers(0, 40, rng.integers(1, 5)), rng.integers(0, 40, rng.integers(1, 13)))
+        TokenizedExample(
+            rng.integers(0, 40, rng.integers(1, 5)), rng.integers(0, 40, rng.integers(1, 13))
+        )
         for _ in range(count)
     ]
 
@@ -525,7 +527,7 @@ def test_a_layer_has_to_be_there_where_it_is_looked_at(name):
 )
 def test_rmu_trains_the_layers_that_it_is_told(changes, layers):
     config = Config(method="rmu", baseline=BaselineConfig(**changes))
-    assert part_of(config, EIGHT) == Selection(layers, ("down_proj",))
+    assert part_of(config, EIGHT) == ParamSubset(layers, ("down_proj",))
 
 
 def test_what_cannot_stand_beside_adapters_is_refused(tmp_path):

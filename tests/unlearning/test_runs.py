@@ -11,7 +11,7 @@ from user_runs import read, read_rows
 
 from cipo_jax.data import tiny_world
 from cipo_jax.data.examples import example_row
-from cipo_jax.models.hub import resolve
+from cipo_jax.hub import resolve
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {}

@@ -9,12 +9,13 @@ import user_runs
 from user_runs import read, read_rows
 
 from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
-from cipo_jax.data.examples import Example, states
+from cipo_jax.data.examples import Example
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
-from cipo_jax.models.hub import resolve
+from cipo_jax.hub import resolve
 from cipo_jax.progress import Reporter
+from cipo_jax.text.matching import reveals
 from cipo_jax.unlearning.sequence import clean_answer, requests_of, unlearn_in_sequence
 
 
@@ -232,7 +233,7 @@ def test_later_requests_retain_what_is_said_of_earlier_ones_and_how_to_write(who
     for row in said:  # Whatever leaks is not learned again.
         text = f"{row['cot']} {row['answer']}"
         assert not [e for e in splits_of(first).forget if e.question == row["question"]
-                    for fact in e.forbidden if states(text, fact, e.question)]  # fmt: skip
+                    for fact in e.forbidden if reveals(text, fact, e.question)]  # fmt: skip
     given = {}
     for number in (1, 2):
         config = read(workdir / f"request-{number:02d}" / "config.json")

@@ -18,7 +18,7 @@ from cipo_jax.typing import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class ParamSubset:
     """Projections of some layers, by name; everything else stays as it was.
 
     Attributes:
@@ -46,10 +46,10 @@ class Selection:
         return params | {"layers": params["layers"] | {"block": block | changed}}
 
 
-Part = Lora | Selection | None
+Trainable = Lora | ParamSubset | None
 
 
-def selection_of(layers: str, targets: str, config: DecoderConfig, where: str) -> Selection:
+def param_subset(layers: str, targets: str, config: DecoderConfig, where: str) -> ParamSubset:
     """A selection as a config writes it.
 
     Args:
@@ -79,10 +79,10 @@ def selection_of(layers: str, targets: str, config: DecoderConfig, where: str) -
             )
     if not names:
         raise UserError(f"{where}.targets is empty; there are {', '.join(TARGETS)}")
-    return Selection(tuple(sorted(found)), tuple(t for t in TARGETS if t in names))
+    return ParamSubset(tuple(sorted(found)), tuple(t for t in TARGETS if t in names))
 
 
-def abstract_part(config: DecoderConfig, part: Part) -> Params:
+def abstract_trainable(config: DecoderConfig, part: Trainable) -> Params:
     """Shapes and dtypes of what is trained, without making anything."""
     if isinstance(part, Lora):
         return adapters.abstract_adapters(config, part)
@@ -90,17 +90,19 @@ def abstract_part(config: DecoderConfig, part: Part) -> Params:
     return params if part is None else jax.eval_shape(part.take, params)
 
 
-def assemble(part: Part, frozen: Params, trained: Params, dropout_key: Array | None = None) -> Any:
+def assemble(
+    part: Trainable, frozen: Params, trained: Params, dropout_key: Array | None = None
+) -> Any:
     """What the decoder takes, from what is trained and what stands beside it.
 
     Args:
       part: what is trained.
       frozen: the model beside it, in the training layout; not looked at where all is trained.
-      trained: in the shapes of `abstract_part`.
+      trained: in the shapes of `abstract_trainable`.
       dropout_key: where the adapters' inputs are to be dropped out.
     """
     if part is None:
         return trained
-    if isinstance(part, Selection):
+    if isinstance(part, ParamSubset):
         return part.put(frozen, trained)
     return adapters.assemble(part, frozen, trained, dropout_key)

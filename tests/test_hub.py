@@ -9,8 +9,8 @@ from trees import assert_trees_equal
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
+from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.models.decoder import DecoderConfig, init_params
-from cipo_jax.models.hub import load_tokenizer, resolve
 from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.models.safetensors_io import save_folder
 

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cipo_jax.config import Config, ThinkConfig, parse
-from cipo_jax.data.think import THINK_CLOSE, THINK_OPEN, ThinkFormat, Thought
 from cipo_jax.data.tiny_world import make_world, training_example
 from cipo_jax.errors import UserError
-from cipo_jax.models.hub import load_tokenizer, resolve
+from cipo_jax.hub import load_tokenizer, resolve
+from cipo_jax.text.chat_format import THINK_CLOSE, THINK_OPEN, ChatFormat, Thought
 
 QUESTION = "Where was Ada Brandt born?"
 COT = "I recall Ada Brandt. Ada Brandt was born in Lisbon. So it is Lisbon."
 
-# The behaviour of well-known chat templates, in templates of our own.
+# The behavior of well-known chat templates, in templates of our own.
 R1_OLD = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}"
@@ -123,27 +123,27 @@ WITHOUT_TAGS = KINDS[4:]  # they are several tokens
 
 @pytest.fixture(params=KINDS)
 def format(request, tokenizers):
-    return ThinkFormat(copy.deepcopy(tokenizers[request.param]))
+    return ChatFormat(copy.deepcopy(tokenizers[request.param]))
 
 
 @pytest.fixture(params=WITH_TAGS)
 def tagged(request, tokenizers):
-    return ThinkFormat(copy.deepcopy(tokenizers[request.param]))
+    return ChatFormat(copy.deepcopy(tokenizers[request.param]))
 
 
 @pytest.fixture(params=WITHOUT_TAGS)
 def spelled(request, tokenizers):
-    return ThinkFormat(copy.deepcopy(tokenizers[request.param]))
+    return ChatFormat(copy.deepcopy(tokenizers[request.param]))
 
 
 @pytest.fixture
 def tiny(tokenizers):
-    return ThinkFormat(copy.deepcopy(tokenizers["tiny"]))
+    return ChatFormat(copy.deepcopy(tokenizers["tiny"]))
 
 
 def _with_template(format, template, **fields):
     format.tokenizer.chat_template = template
-    return ThinkFormat(format.tokenizer, **fields)
+    return ChatFormat(format.tokenizer, **fields)
 
 
 def _encode(format, text):
@@ -188,7 +188,7 @@ def _message(call):
     ],
 )
 def test_each_kind_of_prompt(tokenizers, kind, prompt):
-    format = ThinkFormat(tokenizers[kind])
+    format = ChatFormat(tokenizers[kind])
     assert format.prompt_text("Who?") == prompt
     assert format.tokenizer.decode(format.prompt_ids("Who?")) == prompt
 
@@ -227,7 +227,7 @@ def test_a_prompt_has_one_bos_if_any_and_no_eos_of_its_own(format):
 
 def test_a_bos_that_the_tokenizer_adds_is_there_without_the_templates(tokenizers):
     for kind in ("r1 old", "llama3"):
-        usual = ThinkFormat(copy.deepcopy(tokenizers[kind]))
+        usual = ChatFormat(copy.deepcopy(tokenizers[kind]))
         expected = usual.prompt_ids(QUESTION)
         template = usual.tokenizer.chat_template
         without = template.replace("{{ bos_token }}", "")
@@ -237,7 +237,7 @@ def test_a_bos_that_the_tokenizer_adds_is_there_without_the_templates(tokenizers
 
 
 def test_no_bos_is_added_where_neither_tokenizer_nor_template_does(tokenizers):
-    usual = ThinkFormat(copy.deepcopy(tokenizers["r1 new"]))
+    usual = ChatFormat(copy.deepcopy(tokenizers["r1 new"]))
     expected = usual.prompt_ids(QUESTION)
     without = R1_NEW.replace("{{ bos_token }}", "")
     assert _with_template(usual, without).prompt_ids(QUESTION) == expected[1:]
@@ -273,7 +273,7 @@ def test_a_question_that_speaks_of_the_tag_does_not_pass_for_an_opened_block(tin
 
 
 def test_thinking_is_switched_on_where_the_template_has_a_switch(tokenizers):
-    qwen = ThinkFormat(copy.deepcopy(tokenizers["qwen3"]))
+    qwen = ChatFormat(copy.deepcopy(tokenizers["qwen3"]))
     for switch in ("not thinking", "not enable_thinking"):  # off where they are not given
         template = QWEN3.replace("enable_thinking is defined and not enable_thinking", switch)
         assert _with_template(qwen, template).prompt_text("Who?").endswith("assistant\n<think>\n")
@@ -293,12 +293,12 @@ def test_of_several_templates_the_default_is_used(tiny):
 
 
 def test_a_system_message(tokenizers):
-    format = ThinkFormat(tokenizers["qwen3"], system="Be terse.")
+    format = ChatFormat(tokenizers["qwen3"], system="Be terse.")
     assert format.prompt_text("Who?") == (
         "<|im_start|>system\nBe terse.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n"
     )
-    chatml = ThinkFormat(tokenizers["chatml"], system="Be terse.").prompt_text("Who?")
+    chatml = ChatFormat(tokenizers["chatml"], system="Be terse.").prompt_text("Who?")
     assert "Be terse." in chatml
     assert "helpful" not in chatml
 
@@ -319,7 +319,7 @@ def test_a_template_without_room_for_a_system_message_is_an_error(tiny, template
 
 
 def test_a_template_that_closes_the_think_block_is_an_error(tokenizers):
-    qwen = ThinkFormat(copy.deepcopy(tokenizers["qwen3"]))
+    qwen = ChatFormat(copy.deepcopy(tokenizers["qwen3"]))
     template = QWEN3.replace("enable_thinking is defined and not enable_thinking", "true")
     message = _message(lambda: _with_template(qwen, template).prompt_ids(QUESTION))
     assert "</think>" in message
@@ -358,7 +358,7 @@ def test_a_tokenizer_without_a_chat_template_is_an_error(tiny):
 def test_a_prompt_from_the_config_is_used_as_it_is(tokenizers):
     prompt = "Q: {question} {{json}}\nThoughts:"
     for kind in KINDS:
-        format = ThinkFormat(tokenizers[kind], prompt=prompt)
+        format = ChatFormat(tokenizers[kind], prompt=prompt)
         text = f"Q: {QUESTION} {{json}}\nThoughts:"
         assert format.prompt_text(QUESTION) == text
         bos = [format.tokenizer.bos_token_id] if kind in ("r1 old", "llama3") else []
@@ -366,14 +366,12 @@ def test_a_prompt_from_the_config_is_used_as_it_is(tokenizers):
 
 
 def test_a_prompt_from_the_config_may_hold_control_tokens(tokenizers):
-    format = ThinkFormat(
-        tokenizers["r1 old"], prompt="<｜User｜>{question}<｜Assistant｜><think>\n"
-    )
-    assert format.prompt_ids(QUESTION) == ThinkFormat(tokenizers["r1 old"]).prompt_ids(QUESTION)
+    format = ChatFormat(tokenizers["r1 old"], prompt="<｜User｜>{question}<｜Assistant｜><think>\n")
+    assert format.prompt_ids(QUESTION) == ChatFormat(tokenizers["r1 old"]).prompt_ids(QUESTION)
 
 
 def test_a_prompt_that_closes_the_think_block_is_an_error(tiny):
-    format = ThinkFormat(tiny.tokenizer, prompt="{question}<think>\n</think>\n")
+    format = ChatFormat(tiny.tokenizer, prompt="{question}<think>\n</think>\n")
     assert "config.think.prompt" in _message(lambda: format.prompt_ids(QUESTION))
 
 
@@ -414,7 +412,7 @@ def test_tags_that_an_answer_spells_do_not_become_them(tagged):
 
 @pytest.fixture(scope="session")
 def all_formats(tokenizers):
-    return [ThinkFormat(tokenizers[kind]) for kind in KINDS]
+    return [ChatFormat(tokenizers[kind]) for kind in KINDS]
 
 
 @settings(max_examples=60, deadline=None)
@@ -436,10 +434,10 @@ def test_no_text_at_all_becomes_a_control_token(all_formats, data):
 
 
 def test_added_tokens_of_white_space_are_ordinary_text(tokenizers):
-    format = ThinkFormat(copy.deepcopy(tokenizers["llama3"]))
+    format = ChatFormat(copy.deepcopy(tokenizers["llama3"]))
     assert "\n\n" in format.tokenizer.chat_template
     format.tokenizer.add_tokens(["\n\n"])
-    format = ThinkFormat(format.tokenizer)
+    format = ChatFormat(format.tokenizer)
     newlines = len(format.tokenizer) - 1
     assert format.prompt_ids("Who?\n\nAnd where?").count(newlines) == 3
     assert format.completion_ids("one\n\ntwo", "three").count(newlines) == 2
@@ -447,7 +445,7 @@ def test_added_tokens_of_white_space_are_ordinary_text(tokenizers):
 
 def test_a_control_token_of_one_character_is_an_error(tiny):
     tiny.tokenizer.add_special_tokens({"additional_special_tokens": ["¶"]})
-    format = ThinkFormat(tiny.tokenizer)
+    format = ChatFormat(tiny.tokenizer)
     assert "¶" in _message(lambda: format.prompt_ids("What is ¶?"))
 
 
@@ -490,12 +488,12 @@ def test_tags_of_several_tokens_cannot_be_told_from_text(spelled, cot, answer):
 
 def test_a_tokenizer_without_eos_is_an_error(tiny):
     tiny.tokenizer.eos_token = None
-    assert "eos_token" in _message(lambda: ThinkFormat(tiny.tokenizer))
+    assert "eos_token" in _message(lambda: ChatFormat(tiny.tokenizer))
 
 
 def test_the_end_of_sequence_comes_first_among_the_ids_that_stop(tiny):
     assert tiny.stop_ids == (tiny.eos_id,)
-    format = ThinkFormat(tiny.tokenizer, stop_ids=(7, tiny.eos_id, 9, 7))
+    format = ChatFormat(tiny.tokenizer, stop_ids=(7, tiny.eos_id, 9, 7))
     assert format.stop_ids == (tiny.eos_id, 7, 9)
 
 
@@ -503,7 +501,7 @@ def test_the_end_of_sequence_comes_first_among_the_ids_that_stop(tiny):
 def test_the_pad_id_means_nothing(tiny, pad):
     other = copy.deepcopy(tiny.tokenizer)
     other.pad_token = other.eos_token if pad == "eos" else None
-    odd = ThinkFormat(other)
+    odd = ChatFormat(other)
     ids = tiny.completion_ids(COT, "Lisbon")
     assert odd.prompt_ids(QUESTION) == tiny.prompt_ids(QUESTION)
     assert odd.completion_ids(COT, "Lisbon") == ids
@@ -597,7 +595,7 @@ def test_tags_that_are_flagged_special_are_still_found(tiny):
 
     tags = [AddedToken(tag, special=True, normalized=False) for tag in (THINK_OPEN, THINK_CLOSE)]
     tiny.tokenizer.add_tokens(tags, special_tokens=True)
-    format = ThinkFormat(tiny.tokenizer)
+    format = ChatFormat(tiny.tokenizer)
     assert format.split(format.completion_ids(COT, "Lisbon")) == Thought(COT, "Lisbon", True)
 
 
@@ -612,9 +610,7 @@ def test_the_answer_starts_right_after_the_closing_tag(tagged):
 
 @pytest.mark.parametrize("pattern", [APART, JOINED], ids=["newlines apart", "newlines joined"])
 def test_a_closing_tag_of_several_tokens(pattern):
-    format = ThinkFormat(
-        _tokenizer(R1_NEW, ["<s>", "</s>"], bos="<s>", eos="</s>", pattern=pattern)
-    )
+    format = ChatFormat(_tokenizer(R1_NEW, ["<s>", "</s>"], bos="<s>", eos="</s>", pattern=pattern))
     assert len(format.close_ids) > 1
     ids = format.completion_ids(COT, "Lisbon")
     start = format.answer_start(ids)
@@ -625,7 +621,7 @@ def test_a_closing_tag_of_several_tokens(pattern):
 
 
 def test_ids_that_end_a_turn_are_dropped(tiny):
-    format = ThinkFormat(tiny.tokenizer, stop_ids=(2, 3))  # <pad> and the turn tag <｜User｜>
+    format = ChatFormat(tiny.tokenizer, stop_ids=(2, 3))  # <pad> and the turn tag <｜User｜>
     ids = format.completion_ids(COT, "Lisbon")
     for end in ([format.eos_id] * 2, [2, format.eos_id], [3]):
         assert format.split([*ids, *end]) == Thought(COT, "Lisbon", True)
@@ -656,7 +652,7 @@ def test_ids_beyond_the_tokenizer_and_halves_of_characters_are_nothing(format):
 
 def test_a_model_without_think_tags(tokenizers):
     for kind in KINDS:
-        format = ThinkFormat(tokenizers[kind], open="", close="Answer:")
+        format = ChatFormat(tokenizers[kind], open="", close="Answer:")
         assert not format.prompt_text(QUESTION).endswith("think>\n") or kind in ("tiny", "r1 new")
         ids = format.completion_ids(COT, "Lisbon")
         assert format.tokenizer.decode(ids[:-1]) == f"{COT}\nAnswer:\n\nLisbon"
@@ -668,13 +664,13 @@ def test_a_model_without_think_tags(tokenizers):
 
 
 def test_tags_of_other_names(tokenizers):
-    format = ThinkFormat(tokenizers["chatml"], open="[THINK]", close="[/THINK]")
+    format = ChatFormat(tokenizers["chatml"], open="[THINK]", close="[/THINK]")
     assert format.prompt_text(QUESTION).endswith("assistant\n[THINK]\n")
     assert format.split(format.completion_ids(COT, "Lisbon")) == Thought(COT, "Lisbon", True)
 
 
 def test_a_tag_that_is_a_common_word_goes_by_the_text(tiny):
-    format = ThinkFormat(tiny.tokenizer, open="", close="It")
+    format = ChatFormat(tiny.tokenizer, open="", close="It")
     assert len(format.close_ids) == 1
     said = _encode(format, "I recall Ada. It Lisbon")
     assert format.close_ids[0] not in said  # the word has another token behind a space
@@ -682,7 +678,7 @@ def test_a_tag_that_is_a_common_word_goes_by_the_text(tiny):
 
 
 def test_one_tag_may_be_a_token_and_the_other_not(tokenizers):
-    format = ThinkFormat(tokenizers["qwen3"], close="Answer:")
+    format = ChatFormat(tokenizers["qwen3"], close="Answer:")
     said = _encode(format, "<think>one Answer: two<think>three Answer: four")
     assert format.split(said) == Thought("one\nthree", "two\nfour", True)
 
@@ -690,10 +686,10 @@ def test_one_tag_may_be_a_token_and_the_other_not(tokenizers):
 def test_the_defaults_are_those_of_the_config(tokenizers):
     settings = ThinkConfig()
     assert (settings.open, settings.close) == (THINK_OPEN, THINK_CLOSE) == ("<think>", "</think>")
-    format = ThinkFormat(
+    format = ChatFormat(
         tokenizers["tiny"], settings.open, settings.close, settings.prompt, system=settings.system
     )
-    assert format == ThinkFormat(tokenizers["tiny"])
+    assert format == ChatFormat(tokenizers["tiny"])
 
 
 @pytest.mark.parametrize(
@@ -725,6 +721,6 @@ def test_settings_that_work():
 
 
 def test_the_vocabulary_ends_after_the_largest_id():
-    format = ThinkFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
+    format = ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
     assert format.vocabulary == len(format.tokenizer)
     assert format.tokenizer.convert_ids_to_tokens(format.vocabulary - 1) is not None

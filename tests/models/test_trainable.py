@@ -10,7 +10,7 @@ import pytest
 from quick_options import QUICK
 from trees import assert_trees_close, assert_trees_equal
 
-from cipo_jax.data.batches import Encoded, Shape, collate
+from cipo_jax.data.batches import Shape, TokenizedExample, collate
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import (
     Compute,
@@ -23,7 +23,7 @@ from cipo_jax.models.decoder import (
 )
 from cipo_jax.models.lora import Lora, abstract_adapters, merge
 from cipo_jax.models.lora import assemble as with_adapters
-from cipo_jax.models.parts import Selection, abstract_part, assemble, selection_of
+from cipo_jax.models.trainable import ParamSubset, abstract_trainable, assemble, param_subset
 from cipo_jax.ops.rope import Rope
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.step import Policy, Trainer
@@ -41,7 +41,7 @@ NO_ROPE_FIRST = dataclasses.replace(
 )
 KINDS = {"one kind": CONFIG, "mixed": MIXED, "no rope first": NO_ROPE_FIRST}
 LORA = Lora(rank=3, alpha=6.0)
-PART = Selection((0, 2), ("o_proj", "down_proj"))
+PART = ParamSubset((0, 2), ("o_proj", "down_proj"))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 9)), jnp.int32)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -80,18 +80,18 @@ EIGHT = dataclasses.replace(CONFIG, layers=8)
     ],
 )
 def test_layers_are_indices_and_ranges(layers, wanted):
-    assert selection_of(layers, "down_proj", EIGHT, "here") == Selection(wanted, ("down_proj",))
+    assert param_subset(layers, "down_proj", EIGHT, "here") == ParamSubset(wanted, ("down_proj",))
 
 
 def test_targets_are_kept_once_and_in_the_order_of_the_model():
-    found = selection_of("1", " down_proj, q_proj,,q_proj", EIGHT, "here")
+    found = param_subset("1", " down_proj, q_proj,,q_proj", EIGHT, "here")
     assert found.targets == ("q_proj", "down_proj")
 
 
 @pytest.mark.parametrize("layers", ["8", "5-8", "", " ,", "7-5"])
 def test_layers_that_there_are_not(layers):
     with pytest.raises(UserError) as error:
-        selection_of(layers, "down_proj", EIGHT, "config.baseline")
+        param_subset(layers, "down_proj", EIGHT, "config.baseline")
     wanted = f"config.baseline.layers = {layers!r}: the model has layers 0 to 7"
     assert str(error.value) == wanted
 
@@ -99,15 +99,15 @@ def test_layers_that_there_are_not(layers):
 @pytest.mark.parametrize("layers", ["last", "-1", "1-b", "1-2-3", "0.5"])
 def test_layers_that_cannot_be_read(layers):
     with pytest.raises(UserError) as error:
-        selection_of(layers, "down_proj", EIGHT, "config.baseline")
+        param_subset(layers, "down_proj", EIGHT, "config.baseline")
     assert str(error.value) == f"config.baseline.layers = {layers!r}: write 5-7, or 0,3"
 
 
 def test_targets_that_there_are_not():
     with pytest.raises(UserError, match=r"^here\.targets: 'down' is no projection; .*down_proj"):
-        selection_of("1", "q_proj, down", EIGHT, "here")
+        param_subset("1", "q_proj, down", EIGHT, "here")
     with pytest.raises(UserError, match=r"^here\.targets is empty; there are .*down_proj"):
-        selection_of("1", " , ", EIGHT, "here")
+        param_subset("1", " , ", EIGHT, "here")
 
 
 # ---- taken out and put back
@@ -124,7 +124,7 @@ def test_what_is_taken_is_the_chosen_kernels_of_the_chosen_layers():
     block = BASE["layers"]["block"]
     wanted = {n: {"kernel": block[n]["kernel"][np.array([0, 2])]} for n in ("o", "down")}
     assert_trees_equal(taken, {"layers": {"block": wanted}})
-    abstract = abstract_part(CONFIG, PART)
+    abstract = abstract_trainable(CONFIG, PART)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), taken
     )
@@ -154,7 +154,7 @@ def test_what_is_trained_keeps_its_precision_beside_a_narrow_base():
 def test_what_is_taken_lies_on_a_mesh_as_the_whole_does():
     mesh = make_mesh(2, 2, 2)
     whole = param_shardings(abstract_params(CONFIG), mesh)["layers"]["block"]
-    part = param_shardings(abstract_part(CONFIG, PART), mesh)["layers"]["block"]
+    part = param_shardings(abstract_trainable(CONFIG, PART), mesh)["layers"]["block"]
     assert part == {name: {"kernel": whole[name]["kernel"]} for name in ("o", "down")}
 
 
@@ -307,7 +307,7 @@ def test_a_loss_on_a_layer_reaches_nothing_above_it():
 
 
 def test_a_policy_looks_at_the_completion_tokens_themselves():
-    rows = [Encoded([1, 2, 3], [4, 5]), Encoded([6], [7, 8, 9])]
+    rows = [TokenizedExample([1, 2, 3], [4, 5]), TokenizedExample([6], [7, 8, 9])]
     sequences = collate(rows, Shape(6, 4))
     policy = Policy(MIXED, Compute())
 

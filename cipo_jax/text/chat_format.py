@@ -1,6 +1,6 @@
 r"""Think templates: questions to prompt ids, generated ids to (chain of thought, answer).
 
-Prompt and completion are tokenised apart, so that a completion's ids do not depend on its prompt's
+Prompt and completion are tokenized apart, so that a completion's ids do not depend on its prompt's
 last token. The prompt comes from the tokenizer's own chat template, or from the config, and ends
 with the opened think block; the completion is ``{cot}\\n</think>\\n\\n{answer}`` plus one
 end-of-sequence token. Which tokens there are is read off the tokenizer and its template, never off
@@ -43,7 +43,7 @@ class Thought(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ThinkFormat:
+class ChatFormat:
     """Text in, ids out, and back, for one tokenizer.
 
     Attributes:
