@@ -245,14 +245,16 @@ class _TrainingBlock(nn.Module):
         return Block(self.config, self.compute, name="block")(x, attend)
 
 
-def _rotations(config: DecoderConfig, positions: Array, known: Array | None) -> list[Rotation]:
-    """The rotation of each of the config's kinds, all of one shape."""
+def _rotations(
+    config: DecoderConfig, positions: Array, seq_len_at_token: Array | None
+) -> list[Rotation]:
+    """The rotation of each of the config's layer kinds, all of one shape."""
     kinds = config.kinds()
-    if known is not None and any(k.rope and k.rope.kind == "dynamic" for k in kinds):
-        positions = jnp.broadcast_to(positions, known.shape)
+    if seq_len_at_token is not None and any(k.rope and k.rope.kind == "dynamic" for k in kinds):
+        positions = jnp.broadcast_to(positions, seq_len_at_token.shape)
     else:
-        known = None
-    return [rotation(kind.rope, config.head_dim, positions, known) for kind in kinds]
+        seq_len_at_token = None
+    return [rotation(kind.rope, config.head_dim, positions, seq_len_at_token) for kind in kinds]
 
 
 class Decoder(nn.Module):
@@ -264,7 +266,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B T"], known: Int[Array, "B T"] | None = None
+        self, tokens: Int[Array, "B T"], seq_len_at_token: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embedding = self.param(
@@ -273,7 +275,7 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.param("head", nn.initializers.normal(0.02), (c.d_model, c.vocab_size), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        rotations = _rotations(c, jnp.arange(tokens.shape[1]), known)
+        rotations = _rotations(c, jnp.arange(tokens.shape[1]), seq_len_at_token)
         block: Any = _TrainingBlock
         if self.compute.remat != "none":
             block = nn.remat(block, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
@@ -300,7 +302,7 @@ def abstract_params(config: DecoderConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def base_of(params: Params) -> Params:
+def base_params(params: Params) -> Params:
     """The parameters without their adapters; see `models.lora`."""
     return params.get("base", params)
 
@@ -326,30 +328,21 @@ def hidden_states(
     compute: Compute,
     params: Params,
     tokens: Int[Array, "B T"],
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states (after the last norm) of right-padded sequences.
 
     Args:
-      config: the model's shape.
-      compute: dtype and kernels.
-      params: the training layout; or {"base": training layout, "lora": adapters}, with a
-        "dropout_key" where the adapters' inputs are to be dropped out.
+      config: architecture of the model.
+      compute: dtype, kernels and dropout rate.
+      params: training layout, or {"base": training layout, "lora": adapters}.
       tokens: token ids.
-      known: tokens that the sequence had when each token was computed; see `ops.rope.rotation`.
+      seq_len_at_token: length of the sequence when each token was computed; only a dynamic rope
+        reads it, see `ops.rope.rotation`.
+      dropout_key: PRNG key of the dropout of the adapters' inputs; None for no dropout.
     """
-    return _applied(Decoder(config, compute), params, tokens, known)
-
-
-def _applied(decoder: Decoder, params: Params, tokens: Array, known: Array | None) -> Array:
-    variables = {"params": base_of(params)}
-    rngs = {}
-    if "lora" in params:
-        variables["lora"] = params["lora"]
-    if "dropout_key" in params:
-        # The groups of a batch are computed one by one: each is to have a mask of its own.
-        rngs["dropout"] = jax.random.fold_in(params["dropout_key"], jnp.sum(tokens))
-    return decoder.apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
+    return _apply(Decoder(config, compute), params, tokens, seq_len_at_token, dropout_key)
 
 
 def layer_states(
@@ -358,17 +351,19 @@ def layer_states(
     params: Params,
     tokens: Int[Array, "B T"],
     layer: int,
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """What a layer gives out, before any norm; the layers above it are not computed.
+    """Output of one layer, before any norm; the layers above it are not computed.
 
     Args:
-      config: the model's shape.
-      compute: dtype and kernels.
+      config: architecture of the model.
+      compute: dtype, kernels and dropout rate.
       params: as in `hidden_states`.
       tokens: token ids.
-      layer: its index, from 0.
-      known: as in `hidden_states`.
+      layer: index of the layer, from 0.
+      seq_len_at_token: as in `hidden_states`.
+      dropout_key: as in `hidden_states`.
     """
     depth = layer + 1
     kinds = config.layer_kinds if len(config.layer_kinds) == 1 else config.layer_kinds[:depth]
@@ -381,12 +376,30 @@ def layer_states(
         params = params | {"base": cut(params["base"]), "lora": cut(params["lora"])}
     else:
         params = cut(params)
-    return _applied(Decoder(lower, compute, normed=False), params, tokens, known)
+    decoder = Decoder(lower, compute, normed=False)
+    return _apply(decoder, params, tokens, seq_len_at_token, dropout_key)
+
+
+def _apply(
+    decoder: Decoder,
+    params: Params,
+    tokens: Array,
+    seq_len_at_token: Array | None,
+    dropout_key: Array | None,
+) -> Array:
+    variables = {"params": base_params(params)}
+    rngs = {}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
+        if dropout_key is not None and decoder.compute.lora_dropout:
+            # Calls on different tokens (the groups of a batch) get different masks.
+            rngs["dropout"] = jax.random.fold_in(dropout_key, jnp.sum(tokens))
+    return decoder.apply(variables, tokens, seq_len_at_token, rngs=rngs)  # type: ignore[return-value]
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
     """The output matrix: the head's own, or the transposed embedding where they are tied."""
-    base = base_of(params)
+    base = base_params(params)
     return base["embed"].T if config.tied_head else base["head"]
 
 
@@ -413,7 +426,7 @@ def decode_layers(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Applies the layers of a decoding layout one by one.
 
@@ -424,13 +437,13 @@ def decode_layers(
       tokens: token ids.
       positions: their absolute positions.
       attend: (layer, rotated q, rotated k, v) -> (attended values, what to keep of the layer).
-      known: as in `hidden_states`.
+      seq_len_at_token: as in `hidden_states`.
 
     Returns:
       Final hidden states, and what `attend` kept of each layer.
     """
     x = jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
-    rotations, kinds = _rotations(config, positions, known), config.kind_ids()
+    rotations, kinds = _rotations(config, positions, seq_len_at_token), config.kind_ids()
     kept = []
     for i, layer in enumerate(params["layers"]):
 
