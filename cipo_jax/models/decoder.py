@@ -1,12 +1,11 @@
-"""The decoder: a Llama-family transformer in Flax Linen, applied with plain nested dicts.
+"""The decoder: a Llama-family transformer in Flax Linen, applied to plain nested dicts.
 
-Two layouts of the same weights serve two jobs. Training scans over layers stacked on a leading L
-axis (small programs, named rematerialization). Decoding walks a list of per-layer dicts, because a
-scan would copy every layer's slice at each token. `Block` is the one definition that both apply.
+The same weights have two layouts. Training scans over layers stacked on a leading L axis (small
+programs, named rematerialization). Decoding iterates over a list of per-layer dicts, because a scan
+would copy the slice of each layer at each token. Both apply the same `Block`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,22 +16,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cipo_jax.ops import attention as attention_ops
+from cipo_jax.ops.matmul import contract
 from cipo_jax.ops.rope import Rope, Rotation, rotate, rotation
 from cipo_jax.typing import Array, Float, Int, Params
 
 Remat = Literal["none", "full", "names"]
-# Given queries, keys and values of this call, before their rotation, returns the attended values
-# and whatever the caller wants to keep of the layer (its keys and values, or nothing).
+# (queries, keys, values), before their rotation -> (attended values, what the caller keeps of the
+# layer, such as its keys and values).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ between the layers of a model.
+    """The properties that may differ between the layers of a model.
 
     Attributes:
-      rope: position embedding; None for a layer that has none (NoPE).
-      window: tokens that a query sees at most, itself included; None for all up to it.
+      rope: position embedding; None for a layer without one (NoPE).
+      window: largest number of tokens that a query attends to, itself included; None for no limit.
     """
 
     rope: Rope | None = Rope()
@@ -41,17 +41,17 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides the decoder's numbers; read from a Hugging Face config.json.
+    """Architecture of the decoder; read from a Hugging Face config.json.
 
     Attributes:
       qkv_bias: whether the q, k and v projections have biases.
-      o_bias: whether the attention's output projection has one.
-      mlp_bias: whether the three projections of the feed-forward part have.
-      qk_norm: norm of queries and keys: none, each head by itself (Qwen3), or all heads of a token
-        together (OLMo 2).
-      post_norm: the norms follow attention and feed-forward part, inside the residual branch (OLMo
-        2), instead of standing before them.
-      layer_kinds: one kind for all layers, or one for each.
+      o_bias: whether the output projection of the attention has one.
+      mlp_bias: whether the three projections of the MLP have biases.
+      qk_norm: norm of queries and keys: none, over each head (Qwen3), or over all heads of a token
+        (OLMo 2).
+      post_norm: norms come after attention and MLP, inside the residual branch (OLMo 2), instead of
+        before them.
+      layer_kinds: one kind for all layers, or one per layer.
     """
 
     vocab_size: int
@@ -81,7 +81,7 @@ class DecoderConfig:
         return tuple(dict.fromkeys(self.layer_kinds))
 
     def kind_ids(self) -> list[int]:
-        """For each layer the index of its kind in `kinds()`."""
+        """Per layer, the index of its kind in `kinds()`."""
         kinds = self.kinds()
         ids = [kinds.index(kind) for kind in self.layer_kinds]
         return ids if len(ids) == self.layers else ids * self.layers
@@ -89,13 +89,21 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the decoder is computed, which changes speed and memory but not what it means."""
+    """Numerics and kernels of the decoder: they change speed, memory and rounding alone.
+
+    Attributes:
+      dtype: of activations and matrix products; norms, rotations and softmax are float32.
+      remat: what the backward pass computes again: nothing, everything, or all but named values.
+      attention: implementation of the attention.
+      logits_chunk: number of tokens whose logits exist at a time.
+      lora_dropout: rate of the dropout of the adapters' inputs, where a dropout key is given.
+    """
 
     dtype: str = "float32"
     remat: Remat = "none"
     attention: attention_ops.Implementation = "xla"
     logits_chunk: int = 1024
-    lora_dropout: float = 0.0  # of the inputs of adapters, where a dropout key is given
+    lora_dropout: float = 0.0
 
 
 class RMSNorm(nn.Module):
@@ -112,37 +120,14 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, kernel: Array, axes: int) -> Array:
-    """A tensordot over the last `axes` of x, with the kernel's gradient as one plain product."""
-    return jnp.tensordot(x, kernel, axes)
-
-
-def _product_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, Any]:
-    return jnp.tensordot(x, kernel, axes), (x, kernel)
-
-
-def _product_backward(axes: int, kept: Any, d: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    outputs = kernel.ndim - axes
-    tokens = tuple(range(x.ndim - axes))
-    d_x = jax.lax.dot_general(
-        d, kernel, ((range(d.ndim - outputs, d.ndim), range(axes, kernel.ndim)), ((), ()))
-    )
-    return d_x, jax.lax.dot_general(x, d, ((tokens, tokens), ((), ())))
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 class Projection(nn.Module):
-    """x @ kernel (+ bias), plus x @ a @ b where there is an adapter (LoRA, arXiv 2106.09685).
+    """x @ kernel (+ bias), plus x @ a @ b with an adapter (LoRA, arXiv 2106.09685).
 
     Attributes:
       inputs: sizes of the trailing axes of x that are summed over.
-      outputs: sizes of the axes that take their place.
-      compute: dtype, and dropout of the adapter's input.
-      bias: whether there is one.
+      outputs: sizes of the axes that replace them.
+      compute: dtype, and dropout rate of the adapter's input.
+      bias: whether the projection has one.
     """
 
     inputs: tuple[int, ...]
@@ -155,7 +140,7 @@ class Projection(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         axes = len(self.inputs)
         kernel = self.param("kernel", self._init, (*self.inputs, *self.outputs), jnp.float32)
-        y: Any = _product(x, kernel.astype(dtype), axes)
+        y: Any = contract(x, kernel.astype(dtype), axes)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
             y = y + bias.astype(dtype)
@@ -217,7 +202,7 @@ _REMAT_POLICIES = {
 
 
 class _TrainingBlock(nn.Module):
-    """`Block` with causal attention, in the (carry, x) -> (carry, y) form that nn.scan wants."""
+    """`Block` with causal attention, in the form (carry, x) -> (carry, y) of nn.scan."""
 
     config: DecoderConfig
     compute: Compute
@@ -225,7 +210,7 @@ class _TrainingBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, kind: Array, rotations: Rotation) -> tuple[Array, None]:
         windows = tuple(k.window for k in self.config.kinds())
-        # Where all layers are of a kind, nothing is chosen at run time.
+        # With a single kind of layer, nothing is chosen at run time.
         by = jax.tree.map(lambda r: r[kind] if len(windows) > 1 else r[0], rotations)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -258,7 +243,7 @@ def _rotations(
 
 
 class Decoder(nn.Module):
-    """The whole model up to its final norm; the head is applied where logits are needed."""
+    """The model up to its final norm; the head is applied where logits are needed."""
 
     config: DecoderConfig
     compute: Compute
@@ -292,23 +277,23 @@ class Decoder(nn.Module):
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Random parameters in float32, layers stacked: the tree that every other function takes."""
+    """Random parameters in the training layout: float32, layers stacked."""
     variables = Decoder(config, Compute()).init(key, jnp.zeros((1, 2), jnp.int32))
     return variables["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Params:
-    """The shapes and dtypes of `init_params`, without making anything."""
+    """Shapes and dtypes of `init_params`, without allocating them."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def base_params(params: Params) -> Params:
-    """The parameters without their adapters; see `models.lora`."""
+    """The parameters without adapters; see `models.lora`."""
     return params.get("base", params)
 
 
 def merged(params: Params) -> Params:
-    """The training layout with adapters worked into it; as it is where there are none."""
+    """The training layout with adapters merged into it; `params` itself where it has none."""
     if "lora" not in params:
         return params
 
@@ -398,7 +383,7 @@ def _apply(
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
-    """The output matrix: the head's own, or the transposed embedding where they are tied."""
+    """The output matrix: the head, or the transposed embedding where they are tied."""
     base = base_params(params)
     return base["embed"].T if config.tied_head else base["head"]
 
@@ -406,7 +391,7 @@ def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
 def decoding_layout(config: DecoderConfig, params: Params, dtype: str) -> Params:
     """Training layout -> decoding layout: a list of per-layer dicts, cast to the decoding dtype.
 
-    Adapters are worked into the weights, so that a decoding step costs what it does without them.
+    Adapters are merged into the weights, so that they do not slow decoding down.
     """
     cast = jax.tree.map(lambda x: x.astype(dtype), merged(params))
     stacked = cast["layers"]["block"]
@@ -431,16 +416,16 @@ def decode_layers(
     """Applies the layers of a decoding layout one by one.
 
     Args:
-      config: the model's shape.
+      config: architecture of the model.
       compute: dtype and kernels.
       params: from `decoding_layout`.
       tokens: token ids.
-      positions: their absolute positions.
+      positions: absolute positions of the tokens.
       attend: (layer, rotated q, rotated k, v) -> (attended values, what to keep of the layer).
       seq_len_at_token: as in `hidden_states`.
 
     Returns:
-      Final hidden states, and what `attend` kept of each layer.
+      Final hidden states, and per layer what `attend` kept.
     """
     x = jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
     rotations, kinds = _rotations(config, positions, seq_len_at_token), config.kind_ids()

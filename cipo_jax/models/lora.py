@@ -1,8 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): adapters as a tree of their own beside a frozen base.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): adapters in a tree of their own, beside a frozen base.
 
 Adapters mirror the training layout: {"layers": {"block": {"q": {"a", "b"}, ...}}}, a [L, inputs, r]
-and b [L, r, outputs]. What is trained is a and b as they stand in files of the PEFT library;
-`assemble` folds alpha / r into b and gives the tree that the decoder takes.
+and b [L, r, outputs]. Trained are a and b as the PEFT library stores them; `assemble` folds the
+scale alpha / r into b and makes the tree that the decoder takes.
 """
 
 import dataclasses
@@ -17,17 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from cipo_jax.errors import UserError
+from cipo_jax.files import atomic_directory
 from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import DecoderConfig, abstract_params, base_params, merged
-from cipo_jax.models.hf_config import read_object
-from cipo_jax.models.safetensors_io import (
-    PROJECTIONS,
-    Key,
-    atomic_directory,
-    load_tree,
-    save_tensors,
-    stored_tensors,
-)
+from cipo_jax.models.hf_fields import read_object
+from cipo_jax.models.safetensors_load import load_tree
+from cipo_jax.models.safetensors_save import save_tensors, stored_tensors
+from cipo_jax.models.tensor_names import PROJECTIONS, Key
 from cipo_jax.typing import Array, Params
 
 if TYPE_CHECKING:
@@ -82,7 +78,7 @@ class Lora:
             return None
         names = settings.target_modules
         names = TARGETS if names == ("all-linear",) else names
-        modules = check_target_modules(names, "config.lora", " and all-linear for all of them")
+        modules = check_target_modules(names, "config.lora", " or all-linear for all of them")
         return cls(
             settings.rank, settings.alpha, modules, settings.dropout, settings.rank_stabilized
         )
@@ -112,7 +108,7 @@ def check_target_modules(names: Iterable[str], where: str, more: str = "") -> tu
 
 
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
-    """The shapes of the adapters, float32, without making anything."""
+    """Shapes of the adapters, float32, without allocating them."""
     block = abstract_params(config)["layers"]["block"]
     tree = {}
     for target in lora.target_modules:
@@ -128,12 +124,12 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
 
 
 def _inputs(projection: str) -> int:
-    """How many axes of a projection's kernel are summed over."""
+    """Number of axes of a projection's kernel that are summed over."""
     return 2 if projection == "o" else 1
 
 
 def init_adapters(config: DecoderConfig, lora: Lora, key: Array) -> Params:
-    """Adapters that change nothing yet: a uniform in +-1 / sqrt(inputs) as in PEFT, b zero."""
+    """Adapters with a b = 0: a uniform in +-1 / sqrt(inputs) as in PEFT, b zero."""
     block = abstract_adapters(config, lora)["layers"]["block"]
     tree = {}
     for ours, shapes in block.items():
@@ -166,7 +162,7 @@ def merge(lora: Lora, base: Params, adapters: Params) -> Params:
 
 
 def _keys(config: DecoderConfig, lora: Lora) -> Iterator[Key]:
-    """The names that PEFT gives the tensors."""
+    """The key table of adapters: their tensors under the names of PEFT."""
     for target in lora.target_modules:
         ours = OURS[target]
         name = f"base_model.model.model.layers.{{i}}.{PROJECTIONS[ours]}.lora_"
@@ -177,13 +173,13 @@ def _keys(config: DecoderConfig, lora: Lora) -> Iterator[Key]:
 def save_adapters(
     folder: str | Path, config: DecoderConfig, lora: Lora, adapters: Params, base: str
 ) -> None:
-    """Writes adapters in the PEFT format, whole or not at all.
+    """Writes adapters in the PEFT format, atomically.
 
     Args:
-      folder: where to; older adapters there are replaced.
-      config: of the base.
-      lora: of the adapters.
-      adapters: as they are trained.
+      folder: path to write to; an existing folder is replaced.
+      config: architecture of the base model.
+      lora: rank, scale and projections of the adapters.
+      adapters: the trained tree.
       base: path or hub name of the base model, for `base_model_name_or_path`.
     """
     fields = {
@@ -208,7 +204,7 @@ def save_adapters(
             save_tensors(temporary / "adapter_model.safetensors", tensors)
 
 
-# Fields of an adapter_config.json that change nothing by themselves.
+# Fields of an adapter_config.json that do not change results.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "peft_version", "megatron_core", "qalora_group_size", "peft_type",
@@ -220,8 +216,8 @@ def read_lora(folder: str | Path) -> Lora:
     """Reads the adapter_config.json of a PEFT folder.
 
     Raises:
-      UserError: naming the field, where there is none, or one asks for what is not LoRA as it is
-        done here.
+      UserError: where there is no such file, or naming a field that asks for another method or
+        variant than LoRA as implemented here.
     """
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
@@ -247,16 +243,16 @@ def read_lora(folder: str | Path) -> Lora:
             bool(fields.get("use_rslora", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: field {error} is missing or no number") from None
+        raise UserError(f"{path}: field {error} is missing or not a number") from None
 
 
 def load_adapters(
     folder: str | Path, config: DecoderConfig, lora: Lora, shardings: Params = None
 ) -> Params:
-    """Reads adapters that PEFT (or `save_adapters`) wrote, as they are trained, float32.
+    """Reads adapters that PEFT or `save_adapters` wrote into the trained tree, float32.
 
     Raises:
-      UserError: naming file and tensor, where a tensor is unknown, missing or misshapen.
+      UserError: naming file and tensor, where a tensor is unknown, missing or of another shape.
     """
     abstract = abstract_adapters(config, lora)
     return load_tree(folder, _keys(config, lora), abstract, shardings, "float32")

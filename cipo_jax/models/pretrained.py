@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cipo_jax import hub
-from cipo_jax.models import safetensors_io
 from cipo_jax.models.decoder import Compute, DecoderConfig
-from cipo_jax.models.hf_config import Fields, read_config, read_fields, read_object
+from cipo_jax.models.hf_config import read_config
+from cipo_jax.models.hf_fields import Fields, read_fields, read_object
+from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.typing import Params
 
 if TYPE_CHECKING:
@@ -69,13 +71,13 @@ class PretrainedFolder:
         return tuple(dict.fromkeys(ids))
 
     def load_params(self, shardings: Params = None, dtype: str = "float32") -> Params:
-        """Reads the weights into the training layout; see `safetensors_io.load_params`."""
-        return safetensors_io.load_params(self.folder, self.config, shardings, dtype)
+        """Reads the weights into the training layout; see `safetensors_load`."""
+        return load_params(self.folder, self.config, shardings, dtype)
 
     def save(
         self, folder: str | Path, params: Params, tokenizer: Any = None, dtype: str = "float32"
     ) -> None:
-        """Writes weights, config and tokenizer as a Hugging Face folder, whole or not at all.
+        """Writes weights, config and tokenizer as a Hugging Face folder, atomically.
 
         Args:
           folder: path to write to; an existing folder is replaced.
@@ -84,9 +86,7 @@ class PretrainedFolder:
           dtype: of the stored weights.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        safetensors_io.save_folder(
-            folder, self.config, params, tokenizer, self.fields, dtype, self.generation
-        )
+        save_folder(folder, self.config, params, tokenizer, self.fields, dtype, self.generation)
 
     def fingerprint(self) -> str:
         """A hash of the folder's config, tokenizer and weights; see `fingerprint`."""
