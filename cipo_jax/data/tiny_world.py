@@ -12,12 +12,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from cipo_jax.config import default_config
 from cipo_jax.data.examples import Example
 from cipo_jax.errors import UserError
 from cipo_jax.text.matching import normalized_words
@@ -232,43 +229,6 @@ class World:
             )
         order = np.random.default_rng(seed).permutation(len(self.people))
         return tuple(self.people[i] for i in sorted(order[:count]))
-
-
-def tiny_config() -> ConfigDict:
-    """Where configs of the embedded tiny model start: lengths, and the prompts that it knows."""
-    config: Any = default_config()
-    config.model.logits_chunk = 4096
-
-    config.sampling.rows = 128
-    config.sampling.max_new_tokens = 48
-    config.eval.rows = 128
-    config.eval.max_new_tokens = 96
-
-    config.counterfactual.backward_prompt = BACKWARD_PROMPT
-    config.counterfactual.alternative_prompt = ALTERNATIVE_PROMPT
-    config.counterfactual.boundary_prompt = BOUNDARY_PROMPT
-    config.counterfactual.boundary_answer = BOUNDARY_ANSWER
-    # It was taught one way to decline: not to know.
-    config.counterfactual.refusal_prompt = BOUNDARY_PROMPT
-    config.counterfactual.refusal_answer = BOUNDARY_ANSWER
-    config.counterfactual.target_prompt = TARGET_PROMPT
-    config.counterfactual.candidates = 4
-    return config
-
-
-def compared_config() -> ConfigDict:
-    """Where the comparison, the ablation and the sequence start: batches, rates and weights."""
-    config: Any = tiny_config()
-    config.model.remat = "none"
-    config.data.valid_rows = 48
-
-    for phase in (config.warmup, config.train):
-        phase.lr = 8e-4
-        phase.batch, phase.retain_batch, phase.reasoning_batch = 16, 32, 8
-    config.cipo.samples = 1
-    config.cipo.nll_weight = 1.0
-    config.cipo.retain_weight = 5.0
-    return config
 
 
 def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
