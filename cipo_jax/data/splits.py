@@ -9,12 +9,12 @@ import functools
 from collections.abc import Iterator
 from typing import Literal
 
-from cipo_jax.config import DataConfig, ForgetConfig
 from cipo_jax.data import tiny_world
 from cipo_jax.data.examples import Example
 from cipo_jax.data.readers import read_examples
 from cipo_jax.errors import UserError
 from cipo_jax.hub import resolve
+from cipo_jax.shared_config import DataConfig, ForgetConfig
 from cipo_jax.text.matching import normalized_words
 
 Role = Literal["forget", "retain", "reasoning"]

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from cipo_jax.data.batches import TokenizedExample, shape_of
-from cipo_jax.evals.questions import Question
+from cipo_jax.evals.evaluate import Question
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.typing import Params

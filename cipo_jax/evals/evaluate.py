@@ -1,15 +1,42 @@
 """Evaluation of a model: greedy generations to questions, each graded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
+from cipo_jax.data.examples import Example
+from cipo_jax.data.splits import Role
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.leakage import GradedGeneration, grade
-from cipo_jax.evals.questions import Question
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
+
+
+class Question(NamedTuple):
+    """A question to evaluate on, encoded.
+
+    Attributes:
+      split: the split that it belongs to.
+      example: the question with its answers.
+      prompt_ids: the ids of its prompt.
+    """
+
+    split: Role
+    example: Example
+    prompt_ids: Sequence[int]
+
+
+def encode_questions(
+    chat_format: ChatFormat, splits: Mapping[Role, Iterable[Example]]
+) -> tuple[Question, ...]:
+    """The questions of all splits, in order, with their prompt ids."""
+    return tuple(
+        Question(split, example, chat_format.prompt_ids(example.question))
+        for split, examples in splits.items()
+        for example in examples
+    )
 
 
 def graded(
@@ -26,7 +53,7 @@ def graded(
       sampler: of the model.
       chat_format: of the model.
       params: decoding layout.
-      questions: from `evals.questions`.
+      questions: from `encode_questions`.
       max_new_tokens: the length at which a generation is cut; it is graded as it stands.
       prefill: how completions begin; see `evals.attacks`.
 

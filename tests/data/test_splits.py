@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from cipo_jax.config import DataConfig, ForgetConfig
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import TOPICS, make_world
 from cipo_jax.errors import UserError
+from cipo_jax.shared_config import DataConfig, ForgetConfig
 
 
 def _write(path, questions, **fields):

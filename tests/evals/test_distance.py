@@ -13,11 +13,10 @@ from cipo_jax.data.examples import Example
 from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.distance import divergence, forget_quality, truth_ratios
-from cipo_jax.evals.evaluate import graded
-from cipo_jax.evals.questions import Question, encode_questions
-from cipo_jax.hub import resolve
+from cipo_jax.evals.evaluate import Question, encode_questions, graded
+from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
-from cipo_jax.models.reasoning_model import ReasoningModel
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import make_mesh
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.training.step import Policy
@@ -184,7 +183,7 @@ def test_the_distance_is_the_mean_kl_of_a_token(scorer):
 
 @pytest.fixture(scope="module")
 def format():
-    return ReasoningModel.open("asset:tiny_lrm/target").format
+    return ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
 
 
 EXAMPLE = Example("Where was Ada Brandt born?", "Braga")
