@@ -120,7 +120,7 @@ def child(library, dtype, folder):
         import jax
 
         from cipo_jax.models.hf_config import read_config
-        from cipo_jax.models.safetensors_io import load_params
+        from cipo_jax.models.safetensors_load import load_params
 
         config = read_config(folder)
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(3))())

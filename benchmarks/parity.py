@@ -24,7 +24,7 @@ from golden import make_decoder_golden as golden
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
 from cipo_jax.models.hf_config import read_config
-from cipo_jax.models.safetensors_io import load_params
+from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.sampling.decode import SamplingParams, generate
 
 DOCUMENT = Document("models.md", "parity")

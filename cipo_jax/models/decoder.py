@@ -1,12 +1,11 @@
-"""The decoder: a Llama-family transformer in Flax Linen, applied with plain nested dicts.
+"""The decoder: a Llama-family transformer in Flax Linen, applied to plain nested dicts.
 
-Two layouts of the same weights serve two jobs. Training scans over layers stacked on a leading L
-axis (small programs, named rematerialization). Decoding walks a list of per-layer dicts, because a
-scan would copy every layer's slice at each token. `Block` is the one definition that both apply.
+The same weights have two layouts. Training scans over layers stacked on a leading L axis (small
+programs, named rematerialization). Decoding iterates over a list of per-layer dicts, because a scan
+would copy the slice of each layer at each token. Both apply the same `Block`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,22 +16,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from cipo_jax.ops import attention as attention_ops
+from cipo_jax.ops.matmul import contract
 from cipo_jax.ops.rope import Rope, Rotation, rotate, rotation
 from cipo_jax.typing import Array, Float, Int, Params
 
 Remat = Literal["none", "full", "names"]
-# Given queries, keys and values of this call, before their rotation, returns the attended values
-# and whatever the caller wants to keep of the layer (its keys and values, or nothing).
+# (queries, keys, values), before their rotation -> (attended values, what the caller keeps of the
+# layer, such as its keys and values).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ between the layers of a model.
+    """The properties that may differ between the layers of a model.
 
     Attributes:
-      rope: position embedding; None for a layer that has none (NoPE).
-      window: tokens that a query sees at most, itself included; None for all up to it.
+      rope: position embedding; None for a layer without one (NoPE).
+      window: largest number of tokens that a query attends to, itself included; None for no limit.
     """
 
     rope: Rope | None = Rope()
@@ -41,17 +41,17 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides the decoder's numbers; read from a Hugging Face config.json.
+    """Architecture of the decoder; read from a Hugging Face config.json.
 
     Attributes:
       qkv_bias: whether the q, k and v projections have biases.
-      o_bias: whether the attention's output projection has one.
-      mlp_bias: whether the three projections of the feed-forward part have.
-      qk_norm: norm of queries and keys: none, each head by itself (Qwen3), or all heads of a token
-        together (OLMo 2).
-      post_norm: the norms follow attention and feed-forward part, inside the residual branch (OLMo
-        2), instead of standing before them.
-      layer_kinds: one kind for all layers, or one for each.
+      o_bias: whether the output projection of the attention has one.
+      mlp_bias: whether the three projections of the MLP have biases.
+      qk_norm: norm of queries and keys: none, over each head (Qwen3), or over all heads of a token
+        (OLMo 2).
+      post_norm: norms come after attention and MLP, inside the residual branch (OLMo 2), instead of
+        before them.
+      layer_kinds: one kind for all layers, or one per layer.
     """
 
     vocab_size: int
@@ -81,7 +81,7 @@ class DecoderConfig:
         return tuple(dict.fromkeys(self.layer_kinds))
 
     def kind_ids(self) -> list[int]:
-        """For each layer the index of its kind in `kinds()`."""
+        """Per layer, the index of its kind in `kinds()`."""
         kinds = self.kinds()
         ids = [kinds.index(kind) for kind in self.layer_kinds]
         return ids if len(ids) == self.layers else ids * self.layers
@@ -89,13 +89,21 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How the decoder is computed, which changes speed and memory but not what it means."""
+    """Numerics and kernels of the decoder: they change speed, memory and rounding alone.
+
+    Attributes:
+      dtype: of activations and matrix products; norms, rotations and softmax are float32.
+      remat: what the backward pass computes again: nothing, everything, or all but named values.
+      attention: implementation of the attention.
+      logits_chunk: number of tokens whose logits exist at a time.
+      lora_dropout: rate of the dropout of the adapters' inputs, where a dropout key is given.
+    """
 
     dtype: str = "float32"
     remat: Remat = "none"
     attention: attention_ops.Implementation = "xla"
     logits_chunk: int = 1024
-    lora_dropout: float = 0.0  # of the inputs of adapters, where a dropout key is given
+    lora_dropout: float = 0.0
 
 
 class RMSNorm(nn.Module):
@@ -112,37 +120,14 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, kernel: Array, axes: int) -> Array:
-    """A tensordot over the last `axes` of x, with the kernel's gradient as one plain product."""
-    return jnp.tensordot(x, kernel, axes)
-
-
-def _product_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, Any]:
-    return jnp.tensordot(x, kernel, axes), (x, kernel)
-
-
-def _product_backward(axes: int, kept: Any, d: Array) -> tuple[Array, Array]:
-    x, kernel = kept
-    outputs = kernel.ndim - axes
-    tokens = tuple(range(x.ndim - axes))
-    d_x = jax.lax.dot_general(
-        d, kernel, ((range(d.ndim - outputs, d.ndim), range(axes, kernel.ndim)), ((), ()))
-    )
-    return d_x, jax.lax.dot_general(x, d, ((tokens, tokens), ((), ())))
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
 class Projection(nn.Module):
-    """x @ kernel (+ bias), plus x @ a @ b where there is an adapter (LoRA, arXiv 2106.09685).
+    """x @ kernel (+ bias), plus x @ a @ b with an adapter (LoRA, arXiv 2106.09685).
 
     Attributes:
       inputs: sizes of the trailing axes of x that are summed over.
-      outputs: sizes of the axes that take their place.
-      compute: dtype, and dropout of the adapter's input.
-      bias: whether there is one.
+      outputs: sizes of the axes that replace them.
+      compute: dtype, and dropout rate of the adapter's input.
+      bias: whether the projection has one.
     """
 
     inputs: tuple[int, ...]
@@ -155,7 +140,7 @@ class Projection(nn.Module):
         dtype = jnp.dtype(self.compute.dtype)
         axes = len(self.inputs)
         kernel = self.param("kernel", self._init, (*self.inputs, *self.outputs), jnp.float32)
-        y: Any = _product(x, kernel.astype(dtype), axes)
+        y: Any = contract(x, kernel.astype(dtype), axes)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32)
             y = y + bias.astype(dtype)
@@ -217,7 +202,7 @@ _REMAT_POLICIES = {
 
 
 class _TrainingBlock(nn.Module):
-    """`Block` with causal attention, in the (carry, x) -> (carry, y) form that nn.scan wants."""
+    """`Block` with causal attention, in the form (carry, x) -> (carry, y) of nn.scan."""
 
     config: DecoderConfig
     compute: Compute
@@ -225,7 +210,7 @@ class _TrainingBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, kind: Array, rotations: Rotation) -> tuple[Array, None]:
         windows = tuple(k.window for k in self.config.kinds())
-        # Where all layers are of a kind, nothing is chosen at run time.
+        # With a single kind of layer, nothing is chosen at run time.
         by = jax.tree.map(lambda r: r[kind] if len(windows) > 1 else r[0], rotations)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -245,18 +230,20 @@ class _TrainingBlock(nn.Module):
         return Block(self.config, self.compute, name="block")(x, attend)
 
 
-def _rotations(config: DecoderConfig, positions: Array, known: Array | None) -> list[Rotation]:
-    """The rotation of each of the config's kinds, all of one shape."""
+def _rotations(
+    config: DecoderConfig, positions: Array, seq_len_at_token: Array | None
+) -> list[Rotation]:
+    """The rotation of each of the config's layer kinds, all of one shape."""
     kinds = config.kinds()
-    if known is not None and any(k.rope and k.rope.kind == "dynamic" for k in kinds):
-        positions = jnp.broadcast_to(positions, known.shape)
+    if seq_len_at_token is not None and any(k.rope and k.rope.kind == "dynamic" for k in kinds):
+        positions = jnp.broadcast_to(positions, seq_len_at_token.shape)
     else:
-        known = None
-    return [rotation(kind.rope, config.head_dim, positions, known) for kind in kinds]
+        seq_len_at_token = None
+    return [rotation(kind.rope, config.head_dim, positions, seq_len_at_token) for kind in kinds]
 
 
 class Decoder(nn.Module):
-    """The whole model up to its final norm; the head is applied where logits are needed."""
+    """The model up to its final norm; the head is applied where logits are needed."""
 
     config: DecoderConfig
     compute: Compute
@@ -264,7 +251,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Int[Array, "B T"], known: Int[Array, "B T"] | None = None
+        self, tokens: Int[Array, "B T"], seq_len_at_token: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embedding = self.param(
@@ -273,7 +260,7 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.param("head", nn.initializers.normal(0.02), (c.d_model, c.vocab_size), jnp.float32)
         x = jnp.take(embedding, tokens, axis=0).astype(dtype)
-        rotations = _rotations(c, jnp.arange(tokens.shape[1]), known)
+        rotations = _rotations(c, jnp.arange(tokens.shape[1]), seq_len_at_token)
         block: Any = _TrainingBlock
         if self.compute.remat != "none":
             block = nn.remat(block, policy=_REMAT_POLICIES[self.compute.remat], prevent_cse=False)
@@ -290,23 +277,23 @@ class Decoder(nn.Module):
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Random parameters in float32, layers stacked: the tree that every other function takes."""
+    """Random parameters in the training layout: float32, layers stacked."""
     variables = Decoder(config, Compute()).init(key, jnp.zeros((1, 2), jnp.int32))
     return variables["params"]
 
 
 def abstract_params(config: DecoderConfig) -> Params:
-    """The shapes and dtypes of `init_params`, without making anything."""
+    """Shapes and dtypes of `init_params`, without allocating them."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def base_of(params: Params) -> Params:
-    """The parameters without their adapters; see `models.lora`."""
+def base_params(params: Params) -> Params:
+    """The parameters without adapters; see `models.lora`."""
     return params.get("base", params)
 
 
 def merged(params: Params) -> Params:
-    """The training layout with adapters worked into it; as it is where there are none."""
+    """The training layout with adapters merged into it; `params` itself where it has none."""
     if "lora" not in params:
         return params
 
@@ -326,30 +313,21 @@ def hidden_states(
     compute: Compute,
     params: Params,
     tokens: Int[Array, "B T"],
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states (after the last norm) of right-padded sequences.
 
     Args:
-      config: the model's shape.
-      compute: dtype and kernels.
-      params: the training layout; or {"base": training layout, "lora": adapters}, with a
-        "dropout_key" where the adapters' inputs are to be dropped out.
+      config: architecture of the model.
+      compute: dtype, kernels and dropout rate.
+      params: training layout, or {"base": training layout, "lora": adapters}.
       tokens: token ids.
-      known: tokens that the sequence had when each token was computed; see `ops.rope.rotation`.
+      seq_len_at_token: length of the sequence when each token was computed; only a dynamic rope
+        reads it, see `ops.rope.rotation`.
+      dropout_key: PRNG key of the dropout of the adapters' inputs; None for no dropout.
     """
-    return _applied(Decoder(config, compute), params, tokens, known)
-
-
-def _applied(decoder: Decoder, params: Params, tokens: Array, known: Array | None) -> Array:
-    variables = {"params": base_of(params)}
-    rngs = {}
-    if "lora" in params:
-        variables["lora"] = params["lora"]
-    if "dropout_key" in params:
-        # The groups of a batch are computed one by one: each is to have a mask of its own.
-        rngs["dropout"] = jax.random.fold_in(params["dropout_key"], jnp.sum(tokens))
-    return decoder.apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
+    return _apply(Decoder(config, compute), params, tokens, seq_len_at_token, dropout_key)
 
 
 def layer_states(
@@ -358,17 +336,19 @@ def layer_states(
     params: Params,
     tokens: Int[Array, "B T"],
     layer: int,
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
-    """What a layer gives out, before any norm; the layers above it are not computed.
+    """Output of one layer, before any norm; the layers above it are not computed.
 
     Args:
-      config: the model's shape.
-      compute: dtype and kernels.
+      config: architecture of the model.
+      compute: dtype, kernels and dropout rate.
       params: as in `hidden_states`.
       tokens: token ids.
-      layer: its index, from 0.
-      known: as in `hidden_states`.
+      layer: index of the layer, from 0.
+      seq_len_at_token: as in `hidden_states`.
+      dropout_key: as in `hidden_states`.
     """
     depth = layer + 1
     kinds = config.layer_kinds if len(config.layer_kinds) == 1 else config.layer_kinds[:depth]
@@ -381,19 +361,37 @@ def layer_states(
         params = params | {"base": cut(params["base"]), "lora": cut(params["lora"])}
     else:
         params = cut(params)
-    return _applied(Decoder(lower, compute, normed=False), params, tokens, known)
+    decoder = Decoder(lower, compute, normed=False)
+    return _apply(decoder, params, tokens, seq_len_at_token, dropout_key)
+
+
+def _apply(
+    decoder: Decoder,
+    params: Params,
+    tokens: Array,
+    seq_len_at_token: Array | None,
+    dropout_key: Array | None,
+) -> Array:
+    variables = {"params": base_params(params)}
+    rngs = {}
+    if "lora" in params:
+        variables["lora"] = params["lora"]
+        if dropout_key is not None and decoder.compute.lora_dropout:
+            # Calls on different tokens (the groups of a batch) get different masks.
+            rngs["dropout"] = jax.random.fold_in(dropout_key, jnp.sum(tokens))
+    return decoder.apply(variables, tokens, seq_len_at_token, rngs=rngs)  # type: ignore[return-value]
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:
-    """The output matrix: the head's own, or the transposed embedding where they are tied."""
-    base = base_of(params)
+    """The output matrix: the head, or the transposed embedding where they are tied."""
+    base = base_params(params)
     return base["embed"].T if config.tied_head else base["head"]
 
 
 def decoding_layout(config: DecoderConfig, params: Params, dtype: str) -> Params:
     """Training layout -> decoding layout: a list of per-layer dicts, cast to the decoding dtype.
 
-    Adapters are worked into the weights, so that a decoding step costs what it does without them.
+    Adapters are merged into the weights, so that they do not slow decoding down.
     """
     cast = jax.tree.map(lambda x: x.astype(dtype), merged(params))
     stacked = cast["layers"]["block"]
@@ -413,24 +411,24 @@ def decode_layers(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], list[Any]]:
     """Applies the layers of a decoding layout one by one.
 
     Args:
-      config: the model's shape.
+      config: architecture of the model.
       compute: dtype and kernels.
       params: from `decoding_layout`.
       tokens: token ids.
-      positions: their absolute positions.
+      positions: absolute positions of the tokens.
       attend: (layer, rotated q, rotated k, v) -> (attended values, what to keep of the layer).
-      known: as in `hidden_states`.
+      seq_len_at_token: as in `hidden_states`.
 
     Returns:
-      Final hidden states, and what `attend` kept of each layer.
+      Final hidden states, and per layer what `attend` kept.
     """
     x = jnp.take(params["embed"], tokens, axis=0).astype(compute.dtype)
-    rotations, kinds = _rotations(config, positions, known), config.kind_ids()
+    rotations, kinds = _rotations(config, positions, seq_len_at_token), config.kind_ids()
     kept = []
     for i, layer in enumerate(params["layers"]):
 

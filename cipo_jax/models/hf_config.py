@@ -1,21 +1,17 @@
-"""config.json to DecoderConfig: which architectures there are, and what each field means to them.
+"""config.json to DecoderConfig: the supported architectures and the fields that each of them reads.
 
-A field that may change a number and is not understood here is an error that names it: a model whose
+A field that is not understood and may change results is an error that names it: a model whose
 config is half-read gives plausible text and wrong logits.
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig, LayerKind
-from cipo_jax.ops.rope import Rope
-
-Fields = dict[str, Any]
+from cipo_jax.models.hf_fields import Fields, boolean, positive_int, positive_number, read_fields
+from cipo_jax.models.hf_rope import parse_rope, uniform_rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,22 +19,22 @@ class _Family:
     """An architecture of transformers.
 
     Attributes:
-      model_type: as config.json names it.
-      kinds: fields -> the kind of each layer.
-      shape: what the architecture fixes of DecoderConfig.
-      attention_bias: projections that the field `attention_bias` gives a bias; "" where there is no
-        such field.
-      reads_mlp_bias: whether the field `mlp_bias` means something.
-      tied_head: where config.json does not say.
-      rope_theta: where config.json does not say.
-      head_dim: where config.json does not say; 0 for d_model / heads.
-      kv_heads: where config.json does not say; 0 for as many as there are heads.
-      reads: further fields that mean something.
+      model_type: value of the field `model_type`.
+      kinds: (family, fields) -> the kind of each layer.
+      fixed: fields of DecoderConfig that the architecture fixes.
+      attention_bias: projections that get a bias where the field `attention_bias` is true; "" where
+        the architecture has no such field.
+      reads_mlp_bias: whether the architecture has the field `mlp_bias`.
+      tied_head: default of `tie_word_embeddings`.
+      rope_theta: default of `rope_theta`.
+      head_dim: default of `head_dim`; 0 for d_model / heads.
+      kv_heads: default of `num_key_value_heads`; 0 for the number of heads.
+      reads: further fields that the architecture has.
     """
 
     model_type: str
     kinds: Callable[["_Family", Fields], tuple[LayerKind, ...]]
-    shape: Fields = dataclasses.field(default_factory=dict)
+    fixed: Fields = dataclasses.field(default_factory=dict)
     attention_bias: str = ""
     reads_mlp_bias: bool = False
     tied_head: bool = False
@@ -51,21 +47,23 @@ class _Family:
 def _uniform(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
     """Full attention everywhere."""
     _only_full_attention(fields)
-    return (LayerKind(_rope(family, fields)),)
+    return (LayerKind(uniform_rope(fields, family.rope_theta)),)
 
 
 def _mistral(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
     """One window for all layers."""
     _only_full_attention(fields)
-    return (LayerKind(_rope(family, fields), _window(fields, 4096)),)
+    return (LayerKind(uniform_rope(fields, family.rope_theta), _window(fields, 4096)),)
 
 
 def _qwen(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
-    """Windows from layer max_window_layers on, if they are switched on at all."""
-    rope = _rope(family, fields)
-    window = _window(fields, 4096) if _flag(fields, "use_sliding_window") else None
-    # 0 is sensible here: every layer has a window.
-    first = 0 if fields.get("max_window_layers") == 0 else _whole(fields, "max_window_layers", 28)
+    """Windows from layer max_window_layers on, where `use_sliding_window` is true."""
+    rope = uniform_rope(fields, family.rope_theta)
+    window = _window(fields, 4096) if boolean(fields, "use_sliding_window") else None
+    # 0 is allowed: every layer has a window.
+    first = (
+        0 if fields.get("max_window_layers") == 0 else positive_int(fields, "max_window_layers", 28)
+    )
     types = fields.get("layer_types") or [
         "sliding_attention" if window and i >= first else "full_attention"
         for i in range(_layers(fields))
@@ -75,15 +73,15 @@ def _qwen(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
 
 
 def _smollm3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
-    """Layers without position embedding, which alone may have a window."""
-    rope, layers = _rope(family, fields), _layers(fields)
-    every = _whole(fields, "no_rope_layer_interval", 4)
+    """Some layers have no position embedding; only these may have a window."""
+    rope, layers = uniform_rope(fields, family.rope_theta), _layers(fields)
+    every = positive_int(fields, "no_rope_layer_interval", 4)
     rotated = fields.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(layers)]
     if len(rotated) < layers:
         raise UserError(
             f"field 'no_rope_layers' has {len(rotated)} entries, num_hidden_layers is {layers}"
         )
-    window = _window(fields, None) if _flag(fields, "use_sliding_window") else None
+    window = _window(fields, None) if boolean(fields, "use_sliding_window") else None
     types = fields.get("layer_types") or [
         "full_attention" if rotates or not window else "sliding_attention"
         for rotates in rotated[:layers]
@@ -95,7 +93,7 @@ def _smollm3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
 
 
 def _olmo3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
-    """Three layers with a window, then one without; only the latter have a stretched rope."""
+    """Three layers with a window, then one without, which alone has a scaled rope."""
     window = _window(fields, 4096)
     types = fields.get("layer_types") or [
         "full_attention" if (i + 1) % 4 == 0 else "sliding_attention"
@@ -112,11 +110,12 @@ def _olmo3(family: _Family, fields: Fields) -> tuple[LayerKind, ...]:
             raise UserError("fields 'rope_parameters' and 'rope_scaling' are both there; keep one")
     else:
         given = {full: fields.get("rope_scaling")}
-    # transformers gives sliding layers its own default theta, whatever the field rope_theta says.
+    # In transformers the sliding layers use the default theta, not the field rope_theta.
     own = {k: v for k, v in fields.items() if k != "rope_theta"}
-    stretched = LayerKind(_parse_rope(family, fields, given.get(full), "rope_parameters"))
-    local = LayerKind(_parse_rope(family, own, given.get(sliding), "rope_parameters"), window)
-    return tuple(local if slides else stretched for slides in _slides(fields, types, window))
+    name, theta = "rope_parameters", family.rope_theta
+    scaled = LayerKind(parse_rope(fields, given.get(full), name, theta))
+    local = LayerKind(parse_rope(own, given.get(sliding), name, theta), window)
+    return tuple(local if slides else scaled for slides in _slides(fields, types, window))
 
 
 _WINDOW_FIELDS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers"})
@@ -126,7 +125,7 @@ _FAMILIES = {
     "MistralForCausalLM": _Family(
         "mistral", _mistral, kv_heads=8, reads=frozenset({"sliding_window"})
     ),
-    # Has its three biases whatever `attention_bias` says.
+    # Biases of q, k and v do not depend on `attention_bias`.
     "Qwen2ForCausalLM": _Family(
         "qwen2",
         _qwen,
@@ -165,7 +164,7 @@ _FAMILIES = {
 }
 SUPPORTED = tuple(_FAMILIES)
 
-# Fields that may stand in a config.json without changing a number that we compute.
+# Fields of a config.json that do not change any number that is computed here.
 _HARMLESS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
     "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout",
@@ -179,30 +178,16 @@ _READ = {
     "num_key_value_heads", "head_dim", "rope_theta", "rope_parameters", "rope_scaling",
     "rms_norm_eps", "tie_word_embeddings", "hidden_act", "layer_types", "max_position_embeddings",
 }  # fmt: skip
-# What Qwen2 writes of its windows stands in many configs that are not switched on.
+# Qwen2's window fields stand in many configs whose windows are switched off.
 _OFF = {"sliding_window", "max_window_layers", "use_sliding_window"}
-
-_ROPE_FIELDS = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-        "mscale", "mscale_all_dim", "truncate",
-        # In the config of DeepSeek-R1-0528-Qwen3-8B. transformers, which exports are opened with,
-        # does not know it and goes on without; so do we. See docs/models.md.
-        "attn_factor",
-    },
-}  # fmt: skip
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
-    """Reads a model's shape from its config.json.
+    """Reads the architecture of a model from its config.json.
 
     Raises:
-      UserError: where the file is not there, the architecture is not supported, or a field that
-        changes the numbers is not understood.
+      UserError: where the file does not exist, the architecture is not supported, or a field
+        that may change results is not understood.
     """
     path = Path(folder) / "config.json"
     try:
@@ -215,27 +200,8 @@ def read_config(folder: str | Path) -> DecoderConfig:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def read_fields(folder: str | Path) -> Fields:
-    """The fields of a folder's config.json as they stand there."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; config.model.path must be a Hugging Face folder")
-    return read_object(path)
-
-
-def read_object(path: Path) -> Fields:
-    """The JSON object that a file holds; raises UserError where it holds none."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return fields
-
-
 def decoder_config(fields: Fields) -> DecoderConfig:
-    """A model's shape from the fields of a config.json; see `read_config`."""
+    """The architecture of a model from the fields of its config.json; see `read_config`."""
     names = fields.get("architectures") or ["(none)"]
     family = _FAMILIES.get(names[0])
     if family is None:
@@ -251,29 +217,32 @@ def decoder_config(fields: Fields) -> DecoderConfig:
         )
     if fields.get("hidden_act", "silu") != "silu":
         raise UserError(f"field 'hidden_act' = {fields['hidden_act']!r}: only 'silu' is supported")
-    d_model, heads = _whole(fields, "hidden_size"), _whole(fields, "num_attention_heads")
-    kv_heads = _whole(fields, "num_key_value_heads", family.kv_heads or heads)
-    head_dim = _whole(fields, "head_dim", family.head_dim or d_model // heads)
+    d_model, heads = (
+        positive_int(fields, "hidden_size"),
+        positive_int(fields, "num_attention_heads"),
+    )
+    kv_heads = positive_int(fields, "num_key_value_heads", family.kv_heads or heads)
+    head_dim = positive_int(fields, "head_dim", family.head_dim or d_model // heads)
     if heads % kv_heads:
         raise UserError(
             f"field 'num_key_value_heads' = {kv_heads}: must divide num_attention_heads = {heads}"
         )
     if head_dim % 2:
         raise UserError(f"field 'head_dim' = {head_dim}: rotary embeddings need it to be even")
-    biased = family.attention_bias if _flag(fields, "attention_bias") else ""
-    shape: Fields = {"qkv_bias": "qkv" in biased, "o_bias": "o" in biased} | family.shape
+    biased = family.attention_bias if boolean(fields, "attention_bias") else ""
+    shape: Fields = {"qkv_bias": "qkv" in biased, "o_bias": "o" in biased} | family.fixed
     kinds = family.kinds(family, fields)
     return DecoderConfig(
-        vocab_size=_whole(fields, "vocab_size"),
+        vocab_size=positive_int(fields, "vocab_size"),
         d_model=d_model,
-        d_ff=_whole(fields, "intermediate_size"),
+        d_ff=positive_int(fields, "intermediate_size"),
         layers=_layers(fields),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_number(fields, "rms_norm_eps"),
-        tied_head=_flag(fields, "tie_word_embeddings", family.tied_head),
-        mlp_bias=_flag(fields, "mlp_bias"),
+        norm_eps=positive_number(fields, "rms_norm_eps"),
+        tied_head=boolean(fields, "tie_word_embeddings", family.tied_head),
+        mlp_bias=boolean(fields, "mlp_bias"),
         layer_kinds=kinds[:1] if len(set(kinds)) == 1 else kinds,
         **shape,
     )
@@ -283,9 +252,9 @@ def _check_fields(family: _Family, fields: Fields) -> None:
     """Raises UserError at a field that may change results and is not understood."""
     if fields.get("auto_map"):
         raise UserError(
-            "field 'auto_map': this model wants code from its own folder to be run, which is never "
-            "done: code that comes with weights may do anything. Use a folder of one of the "
-            "supported architectures without that field"
+            "field 'auto_map': this model needs code from its own folder, which is never run: code "
+            "that comes with weights may do anything. Use a folder of one of the supported "
+            "architectures without that field"
         )
     if fields.get("quantization_config"):
         raise UserError(
@@ -304,51 +273,19 @@ def _check_fields(family: _Family, fields: Fields) -> None:
             raise UserError(f"field {name!r} = {value!r} is not understood; it may change results")
 
 
-def _whole(fields: Fields, name: str, default: int | None = None) -> int:
-    """A field that is a whole number above 0; by default required."""
-    value = fields.get(name)
-    if value is None and default is not None:
-        return default
-    if name not in fields:
-        raise UserError(f"field {name!r} is missing")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"field {name!r} = {value!r}: must be a whole number above 0")
-    return value
-
-
-def _number(fields: Fields, name: str, where: str = "", default: float | None = None) -> float:
-    """A field that is a number above 0; by default required."""
-    value = fields.get(name)
-    if value is None and default is not None:
-        return default
-    where = f"field {where!r}: {name!r}" if where else f"field {name!r}"
-    if value is None:
-        raise UserError(f"{where} is missing")
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise UserError(f"{where} = {value!r}: must be a number above 0")
-    return float(value)
-
-
-def _flag(fields: Fields, name: str, default: bool = False) -> bool:
-    value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f"field {name!r} = {value!r}: must be true or false")
-    return default if value is None else value
-
-
 def _layers(fields: Fields) -> int:
-    return _whole(fields, "num_hidden_layers")
+    return positive_int(fields, "num_hidden_layers")
 
 
 def _window(fields: Fields, default: int | None) -> int | None:
-    """The window; null switches it off, a missing field is what transformers takes for it."""
+    """Window in tokens: null switches it off, a missing field has the default of transformers."""
     if fields.get("sliding_window", default) is None:
         return None
-    return _whole(fields, "sliding_window", default)
+    return positive_int(fields, "sliding_window", default)
 
 
 def _slides(fields: Fields, types: list[str], window: int | None) -> list[bool]:
-    """Whether each layer has a window, from its type's name."""
+    """Whether each layer has a window, from `layer_types`."""
     if not isinstance(types, list) or len(types) != _layers(fields):
         raise UserError(
             f"field 'layer_types' = {types!r}: must have num_hidden_layers = {_layers(fields)} "
@@ -367,87 +304,11 @@ def _only_full_attention(fields: Fields) -> None:
         _slides(fields, fields["layer_types"], None)
 
 
-def _rope(family: _Family, fields: Fields) -> Rope:
-    """The rope of a config with one for all layers, in its new or in its old spelling."""
-    both = [fields.get(name) for name in ("rope_parameters", "rope_scaling")]
-    if all(both) and both[0] != both[1]:
-        raise UserError(
-            f"fields 'rope_parameters' = {both[0]} and 'rope_scaling' = {both[1]} differ; keep one"
-        )
-    name = "rope_parameters" if both[0] else "rope_scaling"
-    return _parse_rope(family, fields, both[0] or both[1], name)
-
-
-def _parse_rope(family: _Family, fields: Fields, given: Fields | None, name: str) -> Rope:
-    if given is not None and not isinstance(given, dict):
-        raise UserError(f"field {name!r} = {given!r}: must be an object")
-    given = dict(given or {})
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)  # Old configs say it twice.
-    theta = _number(fields, "rope_theta", default=family.rope_theta)
-    theta = _number(given, "rope_theta", name, theta)
-    given.pop("rope_theta", None)
-    if kind not in _ROPE_FIELDS:
-        raise UserError(
-            f"field {name!r}: rope type {kind!r} is not supported; supported are "
-            f"{', '.join(_ROPE_FIELDS)}"
-        )
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
-    given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
-        if key not in _ROPE_FIELDS[kind]:
-            raise UserError(
-                f"field {name!r}: {key!r} = {value!r} is not understood for rope type {kind!r}; it "
-                "may change results"
-            )
-    if kind == "default":
-        return Rope(theta)
-    longest = 0
-    if kind in ("dynamic", "llama3", "yarn"):
-        longest = _whole(fields, "max_position_embeddings")
-    trained = _whole(given, "original_max_position_embeddings", longest)
-    # Of yarn alone the factor may be left to the two lengths.
-    factor = _number(given, "factor", name, longest / trained if kind == "yarn" else None)
-    if kind == "linear":
-        return Rope(theta, "linear", factor)
-    if kind == "dynamic":
-        return Rope(theta, "dynamic", factor, longest)
-    if kind == "llama3":
-        low, high = (_number(given, f"{end}_freq_factor", name) for end in ("low", "high"))
-        return Rope(theta, "llama3", factor, trained, low_freq_factor=low, high_freq_factor=high)
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        trained,
-        beta_fast=_number(given, "beta_fast", name, 32.0),
-        beta_slow=_number(given, "beta_slow", name, 1.0),
-        truncate=_flag(given, "truncate", True),
-        scale=_yarn_scale(given, factor, name),
-    )
-
-
-def _yarn_scale(given: Fields, factor: float, name: str) -> float:
-    """The temperature of yarn, as a factor on cosines and sines (arXiv 2309.00071, eq. 22)."""
-
-    def mscale(weight: float = 1.0) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if given.get("attention_factor") is not None:
-        return _number(given, "attention_factor", name)
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(_number(given, "mscale", name)) / mscale(
-            _number(given, "mscale_all_dim", name)
-        )
-    return mscale()
-
-
 def config_json(config: DecoderConfig, max_positions: int = 2048) -> Fields:
-    """The config.json of a model that did not come from one (the tiny one).
+    """A config.json for a model that was not read from one (the tiny model).
 
     Raises:
-      ValueError: for a shape that is none of Llama, Qwen2 and Qwen3 with a plain rope.
+      ValueError: for an architecture other than Llama, Qwen2 and Qwen3 with a plain rope.
     """
     name = {"head": "Qwen3ForCausalLM", "none": "LlamaForCausalLM"}.get(config.qk_norm, "")
     name = "Qwen2ForCausalLM" if config.qkv_bias and not config.o_bias else name
@@ -472,5 +333,5 @@ def config_json(config: DecoderConfig, max_positions: int = 2048) -> Fields:
         "pad_token_id": 2,
     }
     if not name or decoder_config(fields) != config:
-        raise ValueError(f"no config.json is known that means {config}")
+        raise ValueError(f"no supported config.json describes {config}")
     return fields

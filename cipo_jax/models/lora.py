@@ -1,34 +1,33 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): adapters as a tree of their own beside a frozen base.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): adapters in a tree of their own, beside a frozen base.
 
 Adapters mirror the training layout: {"layers": {"block": {"q": {"a", "b"}, ...}}}, a [L, inputs, r]
-and b [L, r, outputs]. What is trained is a and b as they stand in files of the PEFT library;
-`assemble` folds alpha / r into b and gives the tree that the decoder takes.
+and b [L, r, outputs]. Trained are a and b as the PEFT library stores them; `assemble` folds the
+scale alpha / r into b and makes the tree that the decoder takes.
 """
 
 import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from cipo_jax.errors import UserError
+from cipo_jax.files import atomic_directory
 from cipo_jax.hub import resolve
-from cipo_jax.models.decoder import DecoderConfig, abstract_params, base_of, merged
-from cipo_jax.models.hf_config import read_object
-from cipo_jax.models.safetensors_io import (
-    PROJECTIONS,
-    Key,
-    atomic_directory,
-    load_tree,
-    save_tensors,
-    stored_tensors,
-)
+from cipo_jax.models.decoder import DecoderConfig, abstract_params, base_params, merged
+from cipo_jax.models.hf_fields import read_object
+from cipo_jax.models.safetensors_load import load_tree
+from cipo_jax.models.safetensors_save import save_tensors, stored_tensors
+from cipo_jax.models.tensor_names import PROJECTIONS, Key
 from cipo_jax.typing import Array, Params
+
+if TYPE_CHECKING:
+    from cipo_jax.shared_config import LoraConfig
 
 OURS = {theirs.rsplit(".", 1)[-1]: ours for ours, theirs in PROJECTIONS.items()}
 TARGETS = tuple(OURS)
@@ -37,64 +36,82 @@ _LAYER = ("layers", "block")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which projections have adapters, and of what size.
+    """Which projections have adapters, and of which size.
 
     Attributes:
       rank: r.
-      alpha: the product of a and b is weighted by alpha / r.
-      targets: names of projections as transformers has them ("q_proj").
-      dropout: of the adapters' inputs, in training.
-      rank_stabilized: weighs by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
+      alpha: numerator of the scale alpha / r on the product a b.
+      target_modules: projections by their names in transformers ("q_proj"), in the order of
+        `TARGETS`.
+      dropout: rate of the dropout of the adapters' inputs, in training.
+      rank_stabilized: scale alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    target_modules: tuple[str, ...] = TARGETS
     dropout: float = 0.0
     rank_stabilized: bool = False
 
     @property
-    def weight(self) -> float:
-        """The factor on a @ b."""
+    def scale(self) -> float:
+        """The factor on a b."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    @classmethod
+    def from_config(cls, settings: "LoraConfig") -> "Lora | None":
+        """The adapters that `config.lora` asks for; None where it asks for none.
 
-def lora_of(settings: Any) -> Lora | None:
-    """The adapters that a config.LoraConfig asks for; None for full fine-tuning.
+        Raises:
+          UserError: for a name that is not a projection, or a rank other than that of the adapters
+            in `settings.path`.
+        """
+        if settings.path:
+            found = read_lora(resolve(settings.path))
+            if settings.rank not in (0, found.rank):
+                raise UserError(
+                    f"config.lora.rank = {settings.rank}: the adapters in {settings.path} have "
+                    f"rank {found.rank}; set {found.rank}, or 0 to read it from there"
+                )
+            return dataclasses.replace(found, dropout=settings.dropout)
+        if not settings.rank:
+            return None
+        names = settings.target_modules
+        names = TARGETS if names == ("all-linear",) else names
+        modules = check_target_modules(names, "config.lora", " or all-linear for all of them")
+        return cls(
+            settings.rank, settings.alpha, modules, settings.dropout, settings.rank_stabilized
+        )
+
+
+def check_target_modules(names: Iterable[str], where: str, more: str = "") -> tuple[str, ...]:
+    """The projections of a config's `target_modules`, each once, in the order of `TARGETS`.
+
+    Args:
+      names: projections by their names in transformers.
+      where: config group that holds them, for error messages.
+      more: what else may be given, for error messages.
 
     Raises:
-      UserError: for a target that is no projection, or a rank that is not that of the adapters to
-        start from.
+      UserError: where there are none, or one is not a projection.
     """
-    if settings.path:
-        found = read_lora(resolve(settings.path))
-        if settings.rank not in (0, found.rank):
-            raise UserError(
-                f"config.lora.rank = {settings.rank}: the adapters in {settings.path} have rank "
-                f"{found.rank}; set that, or 0 to take it from there"
-            )
-        return dataclasses.replace(found, dropout=settings.dropout)
-    if not settings.rank:
-        return None
-    given = [name.strip() for name in settings.targets.split(",") if name.strip()]
-    given = TARGETS if given == ["all-linear"] else given
-    for name in given:
+    names = tuple(names)
+    allowed = ", ".join(TARGETS) + ("," + more if more else "")
+    for name in names:
         if name not in TARGETS:
             raise UserError(
-                f"config.lora.targets: {name!r} is no projection; there are {', '.join(TARGETS)}, "
-                "and all-linear for all of them"
+                f"{where}.target_modules: {name!r} is not a projection; choose from {allowed}"
             )
-    targets = tuple(name for name in TARGETS if name in given)
-    if not targets:
-        raise UserError(f"config.lora.targets is empty; there are {', '.join(TARGETS)}")
-    return Lora(settings.rank, settings.alpha, targets, settings.dropout, settings.rank_stabilized)
+    if not names:
+        raise UserError(f"{where}.target_modules is empty; choose from {allowed}")
+    return tuple(name for name in TARGETS if name in names)
 
 
 def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
-    """The shapes of the adapters, float32, without making anything."""
+    """Shapes of the adapters, float32, without allocating them."""
     block = abstract_params(config)["layers"]["block"]
     tree = {}
-    for target in lora.targets:
+    for target in lora.target_modules:
         ours = OURS[target]
         layers, *axes = block[ours]["kernel"].shape
         inputs = _inputs(ours)
@@ -107,12 +124,12 @@ def abstract_adapters(config: DecoderConfig, lora: Lora) -> Params:
 
 
 def _inputs(projection: str) -> int:
-    """How many axes of a projection's kernel are summed over."""
+    """Number of axes of a projection's kernel that are summed over."""
     return 2 if projection == "o" else 1
 
 
 def init_adapters(config: DecoderConfig, lora: Lora, key: Array) -> Params:
-    """Adapters that change nothing yet: a uniform in +-1 / sqrt(inputs) as in PEFT, b zero."""
+    """Adapters with a b = 0: a uniform in +-1 / sqrt(inputs) as in PEFT, b zero."""
     block = abstract_adapters(config, lora)["layers"]["block"]
     tree = {}
     for ours, shapes in block.items():
@@ -125,34 +142,28 @@ def init_adapters(config: DecoderConfig, lora: Lora, key: Array) -> Params:
     return {"layers": {"block": tree}}
 
 
-def assemble(
-    lora: Lora, frozen: Params, trained: Params, dropout_key: Array | None = None
-) -> Params:
-    """What the decoder takes, from the adapters that are trained and the base that is not.
+def assemble(lora: Lora, frozen: Params, trained: Params) -> Params:
+    """The tree that the decoder takes: {"base": ..., "lora": ...}, with the scale folded into b.
 
     Args:
-      lora: the adapters.
-      frozen: the base, in the training layout.
+      lora: rank, scale and projections of the adapters.
+      frozen: base parameters, in the training layout.
       trained: the adapters.
-      dropout_key: where the adapters' inputs are to be dropped out.
     """
-    weighted = jax.tree_util.tree_map_with_path(
-        lambda path, x: x * lora.weight if path[-1].key == "b" else x, trained
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * lora.scale if path[-1].key == "b" else x, trained
     )
-    params = {"base": base_of(frozen), "lora": weighted}
-    if dropout_key is not None and lora.dropout:
-        params["dropout_key"] = dropout_key
-    return params
+    return {"base": base_params(frozen), "lora": scaled}
 
 
 def merge(lora: Lora, base: Params, adapters: Params) -> Params:
-    """The training layout of the base with the adapters worked into it."""
+    """Base parameters with the adapters merged into them, in the training layout."""
     return merged(assemble(lora, base, adapters))
 
 
 def _keys(config: DecoderConfig, lora: Lora) -> Iterator[Key]:
-    """The names that PEFT gives the tensors."""
-    for target in lora.targets:
+    """The key table of adapters: their tensors under the names of PEFT."""
+    for target in lora.target_modules:
         ours = OURS[target]
         name = f"base_model.model.model.layers.{{i}}.{PROJECTIONS[ours]}.lora_"
         yield Key((*_LAYER, ours, "a"), name + "A.weight", _inputs(ours))
@@ -162,13 +173,13 @@ def _keys(config: DecoderConfig, lora: Lora) -> Iterator[Key]:
 def save_adapters(
     folder: str | Path, config: DecoderConfig, lora: Lora, adapters: Params, base: str
 ) -> None:
-    """Writes adapters in the PEFT format, whole or not at all.
+    """Writes adapters in the PEFT format, atomically.
 
     Args:
-      folder: where to; older adapters there are replaced.
-      config: of the base.
-      lora: of the adapters.
-      adapters: as they are trained.
+      folder: path to write to; an existing folder is replaced.
+      config: architecture of the base model.
+      lora: rank, scale and projections of the adapters.
+      adapters: the trained tree.
       base: path or hub name of the base model, for `base_model_name_or_path`.
     """
     fields = {
@@ -179,7 +190,7 @@ def save_adapters(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
-        "target_modules": list(lora.targets),
+        "target_modules": list(lora.target_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -193,7 +204,7 @@ def save_adapters(
             save_tensors(temporary / "adapter_model.safetensors", tensors)
 
 
-# Fields of an adapter_config.json that change nothing by themselves.
+# Fields of an adapter_config.json that do not change results.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "peft_version", "megatron_core", "qalora_group_size", "peft_type",
@@ -205,8 +216,8 @@ def read_lora(folder: str | Path) -> Lora:
     """Reads the adapter_config.json of a PEFT folder.
 
     Raises:
-      UserError: naming the field, where there is none, or one asks for what is not LoRA as it is
-        done here.
+      UserError: where there is no such file, or naming a field that asks for another method or
+        variant than LoRA as implemented here.
     """
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
@@ -232,16 +243,16 @@ def read_lora(folder: str | Path) -> Lora:
             bool(fields.get("use_rslora", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: field {error} is missing or no number") from None
+        raise UserError(f"{path}: field {error} is missing or not a number") from None
 
 
 def load_adapters(
     folder: str | Path, config: DecoderConfig, lora: Lora, shardings: Params = None
 ) -> Params:
-    """Reads adapters that PEFT (or `save_adapters`) wrote, as they are trained, float32.
+    """Reads adapters that PEFT or `save_adapters` wrote into the trained tree, float32.
 
     Raises:
-      UserError: naming file and tensor, where a tensor is unknown, missing or misshapen.
+      UserError: naming file and tensor, where a tensor is unknown, missing or of another shape.
     """
     abstract = abstract_adapters(config, lora)
     return load_tree(folder, _keys(config, lora), abstract, shardings, "float32")

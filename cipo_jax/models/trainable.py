@@ -1,11 +1,11 @@
-"""Which part of a model is trained: everything, adapters (`Lora`), or named projections.
+"""Which parameters are trained: all of them, adapters (`Lora`), or named projections.
 
-A part has two trees: what is trained, and what stands beside it and stays as it was. Where all
-parameters are trained there is nothing beside them.
+A trainable splits the parameters into two trees: the trained one, and the frozen one beside it.
+Where all parameters are trained, the frozen tree is empty.
 """
 
 import dataclasses
-import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,30 +13,59 @@ import jax
 from cipo_jax.errors import UserError
 from cipo_jax.models import lora as adapters
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
-from cipo_jax.models.lora import OURS, TARGETS, Lora
-from cipo_jax.typing import Array, Params
+from cipo_jax.models.lora import OURS, Lora, check_target_modules
+from cipo_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSubset:
-    """Projections of some layers, by name; everything else stays as it was.
+    """Kernels of chosen projections in chosen layers; all other parameters stay frozen.
 
     Attributes:
-      layers: their indices, ascending.
-      targets: names of projections as transformers has them ("down_proj").
+      layers: indices of the layers, ascending.
+      target_modules: projections by their names in transformers ("down_proj").
     """
 
     layers: tuple[int, ...]
-    targets: tuple[str, ...]
+    target_modules: tuple[str, ...]
+
+    @classmethod
+    def from_config(
+        cls,
+        layers: Iterable[int],
+        target_modules: Iterable[str],
+        decoder_config: DecoderConfig,
+        where: str,
+    ) -> "ParamSubset":
+        """The subset that a config group asks for.
+
+        Args:
+          layers: indices of layers, from 0, in any order.
+          target_modules: projections by their names in transformers, in any order.
+          decoder_config: architecture of the model.
+          where: name of the config group ("config.representation"), for error messages.
+
+        Raises:
+          UserError: for a layer that the model does not have, a name that is not a projection, or
+            an empty selection.
+        """
+        layers = tuple(layers)
+        if not layers or min(layers) < 0 or max(layers) >= decoder_config.layers:
+            raise UserError(
+                f"{where}.layers = {layers!r}: the model has layers 0 to "
+                f"{decoder_config.layers - 1}"
+            )
+        return cls(tuple(sorted(set(layers))), check_target_modules(target_modules, where))
 
     def take(self, params: Params) -> Params:
-        """What is trained of the training layout: {"layers": {"block": {name: {"kernel"}}}}."""
+        """The trained tree {"layers": {"block": {name: {"kernel"}}}} out of the training layout."""
         block, at = params["layers"]["block"], list(self.layers)
-        chosen = {OURS[t]: {"kernel": block[OURS[t]]["kernel"][at, ...]} for t in self.targets}
+        names = [OURS[module] for module in self.target_modules]
+        chosen = {name: {"kernel": block[name]["kernel"][at, ...]} for name in names}
         return {"layers": {"block": chosen}}
 
     def put(self, params: Params, trained: Params) -> Params:
-        """The training layout with what is trained in its place."""
+        """The training layout with the trained kernels in their places."""
         block, at = params["layers"]["block"], list(self.layers)
         changed = {}
         for name, new in trained["layers"]["block"].items():
@@ -49,60 +78,24 @@ class ParamSubset:
 Trainable = Lora | ParamSubset | None
 
 
-def param_subset(layers: str, targets: str, config: DecoderConfig, where: str) -> ParamSubset:
-    """A selection as a config writes it.
-
-    Args:
-      layers: indices and ranges, comma-separated, "5-7" or "0,3"; both ends count.
-      targets: names of projections, comma-separated.
-      config: of the model.
-      where: the config's group, for messages.
-
-    Raises:
-      UserError: for a layer or a projection that there is not.
-    """
-    found: set[int] = set()
-    for piece in (p.strip() for p in layers.split(",") if p.strip()):
-        if not re.fullmatch(r"\d+(-\d+)?", piece):
-            raise UserError(f"{where}.layers = {layers!r}: write 5-7, or 0,3")
-        first, _, end = piece.partition("-")
-        found |= set(range(int(first), int(end or first) + 1))
-    if not found or max(found) >= config.layers:
-        raise UserError(
-            f"{where}.layers = {layers!r}: the model has layers 0 to {config.layers - 1}"
-        )
-    names = tuple(t.strip() for t in targets.split(",") if t.strip())
-    for name in names:
-        if name not in TARGETS:
-            raise UserError(
-                f"{where}.targets: {name!r} is no projection; there are {', '.join(TARGETS)}"
-            )
-    if not names:
-        raise UserError(f"{where}.targets is empty; there are {', '.join(TARGETS)}")
-    return ParamSubset(tuple(sorted(found)), tuple(t for t in TARGETS if t in names))
-
-
-def abstract_trainable(config: DecoderConfig, part: Trainable) -> Params:
-    """Shapes and dtypes of what is trained, without making anything."""
-    if isinstance(part, Lora):
-        return adapters.abstract_adapters(config, part)
+def abstract_trainable(config: DecoderConfig, trainable: Trainable) -> Params:
+    """Shapes and dtypes of the trained tree, without allocating it."""
+    if isinstance(trainable, Lora):
+        return adapters.abstract_adapters(config, trainable)
     params = abstract_params(config)
-    return params if part is None else jax.eval_shape(part.take, params)
+    return params if trainable is None else jax.eval_shape(trainable.take, params)
 
 
-def assemble(
-    part: Trainable, frozen: Params, trained: Params, dropout_key: Array | None = None
-) -> Any:
-    """What the decoder takes, from what is trained and what stands beside it.
+def assemble(trainable: Trainable, frozen: Params, trained: Params) -> Any:
+    """The tree that the decoder takes, from the trained and the frozen parameters.
 
     Args:
-      part: what is trained.
-      frozen: the model beside it, in the training layout; not looked at where all is trained.
+      trainable: which parameters are trained.
+      frozen: base parameters in the training layout; not read where all parameters are trained.
       trained: in the shapes of `abstract_trainable`.
-      dropout_key: where the adapters' inputs are to be dropped out.
     """
-    if part is None:
+    if trainable is None:
         return trained
-    if isinstance(part, ParamSubset):
-        return part.put(frozen, trained)
-    return adapters.assemble(part, frozen, trained, dropout_key)
+    if isinstance(trainable, ParamSubset):
+        return trainable.put(frozen, trained)
+    return adapters.assemble(trainable, frozen, trained)

@@ -13,7 +13,7 @@ from cipo_jax.data.examples import Example
 from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.distance import divergence, forget_quality, truth_ratios
-from cipo_jax.evals.evaluate import judged
+from cipo_jax.evals.evaluate import encode_questions, graded
 from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
 from cipo_jax.models.reasoning_model import ReasoningModel
@@ -195,8 +195,10 @@ def said(format, prefill, text):
             ids = [*format.text_ids(text), format.eos_id]
             yield SimpleNamespace(item=requests[0].item, ids=ids)
 
-    ((item, row),) = judged(Sampler(), format, None, [("forget", EXAMPLE)], 9, prefill)
+    questions = encode_questions(format, {"forget": [EXAMPLE]})
+    ((item, row),) = graded(Sampler(), format, None, questions, 9, prefill)
     assert item == 0
+    assert asked[0].prompt is questions[0].prompt_ids
     return row, asked[0]
 
 
@@ -211,24 +213,24 @@ def test_the_attacks_of_the_paper():
 def test_after_a_prefill_that_closes_the_thought_all_that_is_said_is_answer(format, attack):
     row, request = said(format, attack, "Braga")
     assert format.text_of(request.prefill) == prefill_text(attack, format.close)
-    assert row["closed"] and row["answer"] == "Braga" and row["correct"]
-    assert (row["cot_leaks"], row["answer_leaks"]) == ([], ["Braga"])
-    assert row["cot"] == ("" if attack == "zero" else prefill_text(attack, "").strip())
+    assert row.closed and row.answer == "Braga" and row.correct
+    assert (row.cot_leaks, row.answer_leaks) == ((), ("Braga",))
+    assert row.cot == ("" if attack == "zero" else prefill_text(attack, "").strip())
     # What was given is neither counted nor kept as what was said.
-    assert row["ids"] == [*format.text_ids("Braga"), format.eos_id]
-    assert row["tokens"] == len(row["ids"])
+    assert row.ids == (*format.text_ids("Braga"), format.eos_id)
+    assert row.tokens == len(row.ids)
 
 
 def test_without_a_prefill_the_same_words_are_a_thought_that_never_ends(format):
     row, request = said(format, "", "Braga")
     assert list(request.prefill) == []
-    assert not row["closed"] and not row["correct"]
-    assert (row["cot_leaks"], row["answer_leaks"]) == (["Braga"], [])
+    assert not row.closed and not row.correct
+    assert (row.cot_leaks, row.answer_leaks) == (("Braga",), ())
     closed, _ = said(format, "", "I know it.\n</think>\n\nBraga")
-    assert closed["closed"] and closed["answer_leaks"] == ["Braga"] and not closed["cot_leaks"]
+    assert closed.closed and closed.answer_leaks == ("Braga",) and not closed.cot_leaks
 
 
 def test_a_prefill_that_leaves_the_thought_open_is_part_of_it(format):
     row, _ = said(format, "I recall", " Braga\n</think>\n\nunknown")
-    assert row["cot"] == "I recall Braga" and row["cot_leaks"] == ["Braga"]
-    assert row["answer"] == "unknown"
+    assert row.cot == "I recall Braga" and row.cot_leaks == ("Braga",)
+    assert row.answer == "unknown"

@@ -1,4 +1,4 @@
-"""One of two processes that load and save a model together; started by test_safetensors_io.py.
+"""One of two processes that load and save a model together; started by test_safetensors.py.
 
     python loading_process.py PORT PROCESS FOLDER OUT
 
@@ -21,8 +21,10 @@ from plain_reading import counted_reads, plain_params
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.models.decoder import abstract_params
-from cipo_jax.models.hf_config import read_config, read_fields
-from cipo_jax.models.safetensors_io import load_params, save_folder
+from cipo_jax.models.hf_config import read_config
+from cipo_jax.models.hf_fields import read_fields
+from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
 

@@ -68,13 +68,14 @@ hidden = jax.jit(hidden_states, static_argnums=(0, 1), compiler_options=QUICK)
 
 
 @pytest.mark.parametrize(
-    ("kind", "known"), [*((kind, None) for kind in KINDS), ("kinds", 1), ("kinds", 6)]
+    ("kind", "prompt_length"), [*((kind, None) for kind in KINDS), ("kinds", 1), ("kinds", 6)]
 )
-def test_scanned_and_unrolled_layouts_agree(kind, known):
+def test_scanned_and_unrolled_layouts_agree(kind, prompt_length):
     config, compute = KINDS[kind], Compute()
     params, tokens = random_params(config), random_tokens()
-    if known:  # As of prompts of so many tokens.
-        known = jnp.broadcast_to(jnp.maximum(known, jnp.arange(1, 9)), tokens.shape)
+    lengths = None
+    if prompt_length:  # As a sampler computes them: the prompt at once, then token by token.
+        lengths = jnp.broadcast_to(jnp.maximum(prompt_length, jnp.arange(1, 9)), tokens.shape)
 
     @jax.jit(compiler_options=QUICK)
     def unrolled(params, tokens):
@@ -85,10 +86,10 @@ def test_scanned_and_unrolled_layouts_agree(kind, known):
         def attend(layer, q, k, v):
             return causal_attention(q, k, v, window=windows[layer]), layer
 
-        return decode_layers(config, compute, layout, tokens, positions, attend, known)
+        return decode_layers(config, compute, layout, tokens, positions, attend, lengths)
 
     found, kept = unrolled(params, tokens)
-    wanted = hidden(config, compute, params, tokens, known)
+    wanted = hidden(config, compute, params, tokens, lengths)
     assert kept == list(range(config.layers))
     assert float(jnp.std(wanted)) > 0.5
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)

@@ -34,7 +34,8 @@ from cipo_jax.models.lora import (
     read_lora,
     save_adapters,
 )
-from cipo_jax.models.safetensors_io import load_params, save_folder
+from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.step import Policy, Trainer
 
@@ -331,7 +332,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj\.lora_B\.weight has shape"):
         load_adapters(tmp_path / "adapter", wider, LORA)
     fewer = dataclasses.replace(LORA, targets=("q_proj",))
-    with pytest.raises(UserError, match="is not one that this model has"):
+    with pytest.raises(UserError, match="is not a tensor of this model"):
         load_adapters(tmp_path / "adapter", CONFIG, fewer)
 
 

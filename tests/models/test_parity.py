@@ -38,7 +38,8 @@ from cipo_jax.models.decoder import (
     hidden_states,
 )
 from cipo_jax.models.hf_config import read_config
-from cipo_jax.models.safetensors_io import load_params, save_folder
+from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.ops.rope import Rope
 from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, SamplingParams, generate
 from cipo_jax.training.step import Policy

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cipo_jax.models.pretrained import PretrainedFolder
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
-from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.sampling.decode import SamplingParams, generate
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return ReasoningModel.open(str(folder))
+    return PretrainedFolder.open(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def theirs(folder):
 
 
 def prompts(model):
-    tokenizer = model.format.tokenizer
+    tokenizer = model.tokenizer
     turns = [[{"role": "user", "content": question}] for question in QUESTIONS]
     return [
         list(tokenizer.apply_chat_template(t, add_generation_prompt=True)["input_ids"])
@@ -128,6 +128,6 @@ def test_greedy_generations_are_those_of_transformers(model, theirs):
             do_sample=False,
         )[0].tolist()
         assert found.ids[i, 0].tolist() == whole[len(ids) :]
-        texts.append(model.format.tokenizer.decode(whole[len(ids) :]))
+        texts.append(model.tokenizer.decode(whole[len(ids) :]))
     assert "Paris" in texts[0]
     assert len(set(texts)) == len(texts)

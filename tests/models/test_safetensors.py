@@ -15,10 +15,12 @@ from two_processes import told_by_two
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
 from cipo_jax.hub import load_tokenizer
-from cipo_jax.models import safetensors_io
+from cipo_jax.models import safetensors_save
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
 from cipo_jax.models.hf_config import config_json, decoder_config, read_config
-from cipo_jax.models.safetensors_io import keys, load_params, save_folder
+from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.safetensors_save import save_folder
+from cipo_jax.models.tensor_names import get, keys
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -184,7 +186,7 @@ def sharded(tmp_path_factory, tokenizer):
             folders[family] = tmp_path_factory.mktemp(family), decoder_config(fields)
             folder, config = folders[family]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(safetensors_io, "MAX_SHARD_BYTES", 6000)
+                patch.setattr(safetensors_save, "MAX_SHARD_BYTES", 6000)
                 save_folder(folder, config, random_params(config), tokenizer, fields)
             assert len(list(folder.glob("*.safetensors"))) > 6
         return folders[family]
@@ -283,10 +285,10 @@ def test_beside_the_result_one_stored_tensor_is_in_memory(dtype, mesh, tmp_path,
     # The table's order is that of loading: what is there of the result when a tensor is read.
     there, sizes = 0, {}
     for key in keys(config):
-        shape = safetensors_io.get(abstract, key.path).shape
+        shape = get(abstract, key.path).shape
         size = math.prod(shape) * jnp.dtype(dtype).itemsize
         if mesh:  # Norms are on every device.
-            sharding = safetensors_io.get(shardings, key.path)
+            sharding = get(shardings, key.path)
             size = size // math.prod(shape) * 8 * math.prod(sharding.shard_shape(shape))
         if key.stacked:  # A stack is made first and filled after.
             there += size
@@ -314,7 +316,7 @@ def test_beside_the_result_one_stored_tensor_is_in_memory(dtype, mesh, tmp_path,
 def test_many_shards_have_an_index_and_load_back(kind, tmp_path, tokenizer, monkeypatch):
     config, folder = KINDS[kind], tmp_path / "model"
     params = random_params(config)
-    monkeypatch.setattr(safetensors_io, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
     save_folder(folder, config, params, tokenizer)
     paths = sorted(folder.glob("*.safetensors"))
     assert len(paths) > 3
@@ -348,7 +350,7 @@ def test_a_missing_tensor_is_named(saved):
 
 
 def test_a_missing_shard_is_noticed(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(safetensors_io, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
     save_folder(tmp_path / "model", BASE, random_params(BASE), tokenizer)
     last = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
     lost = set(load_file(last))
@@ -359,7 +361,7 @@ def test_a_missing_shard_is_noticed(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_shard_that_the_index_names_and_nobody_has_is_told(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(safetensors_io, "MAX_SHARD_BYTES", 4000)
+    monkeypatch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
     save_folder(tmp_path / "model", BASE, random_params(BASE), tokenizer)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
@@ -471,7 +473,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 def test_an_older_export_is_replaced_whole(tmp_path, tokenizer, monkeypatch):
     folder = tmp_path / "model"
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors_io, "MAX_SHARD_BYTES", 4000)
+        patch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
         save_folder(folder, BASE, random_params(BASE), tokenizer)
     (folder / "stale.txt").write_text("of the older export")
     params = random_params(BASE, seed=1)
