@@ -151,6 +151,7 @@ LEGACY: Legacy = {
     **PHASES,
     **PEOPLE,
     "plugins": _names("plugins"),
+    "lora.rank_stabilised": _renamed("lora.rank_stabilized"),
     "lora.targets": _names("lora.target_modules"),
     "sampling.rows": _renamed("sampling.max_batch_size"),
     "sampling.chunk": _renamed("sampling.decode_chunk"),

@@ -27,6 +27,10 @@ Changes = tuple[tuple[str, Any], ...]
 Legacy = Mapping[str, Callable[[Any], dict[str, Any]]]
 
 
+class RenamedSetting(FutureWarning):
+    """A setting is given under an old name, or its value in an old form."""
+
+
 def setting(
     default: Any,
     about: str,
@@ -155,14 +159,14 @@ def translated(flat: Mapping[str, Any], legacy: Legacy) -> dict[str, Any]:
     """Flat settings with renamed keys under their new names, each with a warning.
 
     Warns:
-      FutureWarning: one line, for each old key or old way to write a value.
+      RenamedSetting: one line, for each old key or old way to write a value.
     """
     new: dict[str, Any] = {key: value for key, value in flat.items() if key not in legacy}
     for key, value in flat.items():
         if key in legacy:
             changed = legacy[key](value)
             if changed != {key: value}:
-                warnings.warn(_renamed(key, value, changed), FutureWarning, stacklevel=2)
+                warnings.warn(_renamed(key, value, changed), RenamedSetting, stacklevel=2)
             new |= changed
     return new
 
@@ -240,7 +244,7 @@ def parse(cls: type[T], config: Any) -> T:
         a value out of range.
 
     Warns:
-      FutureWarning: for a key that has another name now.
+      RenamedSetting: for each old key, or old way to write a value.
     """
     if isinstance(config, ConfigDict):
         config = config.to_dict()
@@ -391,6 +395,19 @@ def _frozen(value: Any) -> Any:
 # ---- text
 
 
+def to_literal(value: Any) -> str:
+    """A value as a config file writes it: rows as tuples, their settings as dicts."""
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return repr(tuple(_plain_row(row) for row in value))
+    return repr(value)
+
+
+def _plain_row(row: Any) -> tuple[Any, ...]:
+    hints = typing.get_type_hints(type(row))
+    items = [(hints[f.name], getattr(row, f.name)) for f in dataclasses.fields(row)]
+    return tuple(dict(item) if hint == Changes else item for hint, item in items)
+
+
 def from_text(hint: Any, text: str) -> Any:
     """The value that a command line writes as `text`, still to be checked.
 
@@ -450,9 +467,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> Any:
     values: Any = ConfigDict(first)
     for piece in (p.strip() for p in (arg or "").split(",") if p.strip()):
         key, equals, text = (part.strip() for part in piece.partition("="))
+        if not defaults:
+            raise UserError(f"config argument {arg!r}: this config file takes none")
         if key not in defaults:
-            raise UserError(f"config argument {piece!r}: no such key; nearest: "
-                            f"{nearest(key, defaults)}")  # fmt: skip
+            near = nearest(key, defaults)
+            raise UserError(f"config argument {piece!r}: no such key; nearest: {near}")
         kind = type(first[key])
         if not equals and kind is not bool:
             raise UserError(f"config argument {piece!r}: write {key}=VALUE")

@@ -28,7 +28,9 @@ class ModelConfig:
     remat: Literal["none", "names", "full"] = setting(
         "names", "rematerialization: activations that the backward pass recomputes"
     )
-    attention: Literal["xla", "cudnn"] = setting("xla", "implementation of attention in training")
+    attention: Literal["xla", "cudnn"] = setting(
+        "xla", "implementation of attention over whole sequences"
+    )
     logits_chunk: int = setting(1024, "tokens whose logits are in memory at a time", 1)
     export_dtype: Dtype = setting("float32", "dtype of exported weights")
 
@@ -169,7 +171,9 @@ class SamplingConfig:
     min_p: float = setting(
         0.0, "least probability that is kept, relative to the most likely token's", 0.0, 1.0
     )
-    repetition_penalty: float = setting(1.0, "divides logits of earlier tokens; 1 for none", 0.01)
+    repetition_penalty: float = setting(
+        1.0, "penalty on tokens that have occurred; 1 for none", 0.01
+    )
     think_budget: int = setting(
         0, "tokens after which a chain of thought is closed by force; 0 for no limit", 0
     )

@@ -21,7 +21,7 @@ class CipoConfig:
     )
     gamma: float = setting(0.5, "SimPO's target margin", 0.0)
     label_smoothing: float = setting(
-        0.0, "DPO's label smoothing: probability that a pair is the wrong way round", 0.0, 0.499
+        0.0, "share of pairs taken to be the wrong way round, in DPO and SimPO", 0.0, 0.499
     )
     nll_weight: float = setting(0.2, "weight of the NLL of chosen completions", 0.0)
     retain_weight: float = setting(1.0, "weight of the NLL of retained facts and reasoning", 0.0)
