@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cipo_jax.models.pretrained import PretrainedFolder
+from one_batch import generate
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
-from cipo_jax.sampling.decode import SamplingParams, generate
+from cipo_jax.models.pretrained import PretrainedFolder
+from cipo_jax.sampling import SamplingParams
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
