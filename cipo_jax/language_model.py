@@ -49,6 +49,7 @@ class LanguageModel:
       decode_compute: those of sampling.
       trainable: adapters (`Lora`), a `ParamSubset`, or None for all parameters.
       adapters: folder of PEFT adapters to start from; "" for fresh ones.
+      path: as it was given, for the config of saved adapters.
     """
 
     pretrained: PretrainedFolder
@@ -58,6 +59,7 @@ class LanguageModel:
     decode_compute: Compute = Compute()
     trainable: Trainable = None
     adapters: str = ""
+    path: str = ""
 
     @classmethod
     def from_pretrained(
@@ -114,7 +116,9 @@ class LanguageModel:
         param_shardings(abstract_params(pretrained.config), mesh)  # Raises where it does not fit.
         compute = compute_from_config(config)
         decoding = compute_from_config(config, decoding=True)
-        return cls(pretrained, chat, mesh, compute, decoding, trainable, adapters)
+        return cls(
+            pretrained, chat, mesh, compute, decoding, trainable, adapters, config.path
+        )
 
     @property
     def config(self) -> DecoderConfig:
@@ -125,6 +129,7 @@ class LanguageModel:
         """The same model with something else to be trained."""
         return dataclasses.replace(self, trainable=trainable, adapters=adapters)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when the folder's config, tokenizer or weights do, or the adapters."""
         own = self.pretrained.fingerprint()
@@ -312,8 +317,7 @@ class LanguageModel:
         if form == "adapter":
             if not isinstance(self.trainable, Lora):
                 raise UserError(f"{folder}: there are no adapters to save; save the merged model")
-            base = self.pretrained.path
-            adapters.save_adapters(folder, self.config, self.trainable, trained, base)
+            adapters.save_adapters(folder, self.config, self.trainable, trained, self.path)
             return
         params = merged(self.assemble(trained))
         self.pretrained.save(folder, params, dtype=dtype)

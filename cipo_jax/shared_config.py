@@ -2,12 +2,13 @@
 
 import dataclasses
 import string
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cipo_jax.errors import UserError
 from cipo_jax.settings import group, setting
 
 Dtype = Literal["float32", "bfloat16"]
+G = TypeVar("G")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +292,13 @@ class RunConfig:
     train: TrainConfig = group(TrainConfig)
     eval: EvalConfig = group(EvalConfig)
     selection: SelectionConfig = group(SelectionConfig)
+
+    def group(self, cls: type[G]) -> G:
+        """The group of settings of a class; its defaults where this config has no such group."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), cls):
+                return value
+        return cls()
 
     def __post_init__(self) -> None:
         for name in ("warmup", "train"):

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 
 from cipo_jax.data.examples import Example
+from cipo_jax.data.splits import Role
 from cipo_jax.evals.attacks import prefill_text
-from cipo_jax.evals.leakage import GradedGeneration, Split, grade
+from cipo_jax.evals.leakage import GradedGeneration, grade
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
@@ -22,13 +23,13 @@ class Question(NamedTuple):
       prompt_ids: the ids of its prompt.
     """
 
-    split: Split
+    split: Role
     example: Example
     prompt_ids: Sequence[int]
 
 
 def encode_questions(
-    chat_format: ChatFormat, splits: Mapping[Split, Iterable[Example]]
+    chat_format: ChatFormat, splits: Mapping[Role, Iterable[Example]]
 ) -> tuple[Question, ...]:
     """The questions of all splits, in order, with their prompt ids."""
     return tuple(

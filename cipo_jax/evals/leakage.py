@@ -8,14 +8,13 @@ think-completion, so that a model that breaks down does not score as one that fo
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from cipo_jax.data.examples import Example
 from cipo_jax.data.records import Record, field
+from cipo_jax.data.splits import Role
 from cipo_jax.text.chat_format import Thought
 from cipo_jax.text.matching import normalized_words, reveals
-
-Split = Literal["forget", "retain", "reasoning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class GradedGeneration(Record):
     schema: ClassVar[str] = "graded"
     stored_in: ClassVar[tuple[str, ...]] = ("evals/*.jsonl",)
 
-    split: Split = field("the split that the question belongs to")
+    split: Role = field("the split that the question belongs to")
     kind: str = field("the example's label, by which scores can be broken down")
     question: str = field("the question")
     gold: str = field("the true answer")
@@ -105,7 +104,7 @@ class Scores(Record):
 
 
 def grade(
-    example: Example, thought: Thought, split: Split, ids: Sequence[int] = ()
+    example: Example, thought: Thought, split: Role, ids: Sequence[int] = ()
 ) -> GradedGeneration:
     """Leaks and correctness of one generation.
 

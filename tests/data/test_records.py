@@ -11,7 +11,6 @@ import pytest
 from cipo_jax.data.records import (
     Record,
     field,
-    nested_classes,
     read_record,
     read_records,
     write_record,
@@ -178,15 +177,6 @@ def test_a_type_that_is_no_json_is_refused_where_the_class_is_used():
 
     with pytest.raises(TypeError, match="complex"):
         Wrong.from_row({"when": 1}, "here")
-
-
-def test_nested_classes_are_found_at_any_depth():
-    @dataclasses.dataclass(frozen=True)
-    class Outer(Record):
-        rollouts: dict[str, tuple[Rollout, ...]] = field("by name")
-        span: Span | None = field("one")
-
-    assert list(nested_classes(Outer)) == [Rollout, Span]
 
 
 def test_many_rows_with_long_id_lists_are_read_and_written_fast(tmp_path):
