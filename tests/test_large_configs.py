@@ -1,7 +1,7 @@
-"""Configs of large models are built on a mesh of eight devices, abstractly."""
+"""Configs of large models, traced on a mesh of eight devices without any weights."""
 
 import dataclasses
-import importlib.util
+import functools
 import math
 from pathlib import Path
 
@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_batch import generate
 
-from cipo_jax.config import Config, PretrainConfig, parse
+from cipo_jax.commands.flags import load_config
+from cipo_jax.config import Config, parse
 from cipo_jax.data.batches import CompletionBatch
+from cipo_jax.methods.cipo.objective import PreferenceObjective, WarmupObjective
 from cipo_jax.models.decoder import abstract_params, decoding_layout
 from cipo_jax.models.hf_config import decoder_config
-from cipo_jax.models.lora import abstract_adapters, assemble, lora_of
-from cipo_jax.models.reasoning_model import compute_of
-from cipo_jax.sampling.decode import SamplingParams, generate
+from cipo_jax.models.lora import Lora, abstract_adapters, assemble
+from cipo_jax.models.pretrained import compute_from_config
+from cipo_jax.sampling.params import SamplingParams
 from cipo_jax.training.mesh import abstract_on, decoding_shardings, make_mesh
-from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Policy, Trainer
-from cipo_jax.unlearning.objectives import preference_objective, warmup_objective
+from cipo_jax.training.optimizer import AdamW
+from cipo_jax.training.step import Policy, TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_8B = {
@@ -51,31 +53,15 @@ QWEN_1P5B = {
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21,
 }  # fmt: skip
 LARGE = {
-    "rtofu_r1_llama8b": (LLAMA_8B, 8.03e9),
-    "rtofu_r1_0528_qwen3_8b": (QWEN3_8B, 8.19e9),
-    "return_r1_llama8b": (LLAMA_8B, 8.03e9),
-    "rtofu_r1_qwen1p5b_lora": (QWEN_1P5B, 1.78e9),
+    "rtofu.py:model=llama8b": (LLAMA_8B, 8.03e9),
+    "rtofu.py:model=qwen3_8b": (QWEN3_8B, 8.19e9),
+    "return.py:model=llama8b": (LLAMA_8B, 8.03e9),
+    "rtofu.py:model=qwen1p5b,lora=true": (QWEN_1P5B, 1.78e9),
 }
 
 
-def read(name, arg=None):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, module.get_config(arg)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_is_read_and_says_how_to_run_it(path):
-    module, config = read(path.stem)
-    assert f"--config=configs/{path.stem}.py" in module.__doc__
-    parse(PretrainConfig if path.stem == "tiny_pretrain" else Config, config)
-
-
-@pytest.mark.parametrize("name", [n for n in LARGE if n.startswith("rtofu")])
-def test_the_argument_is_the_folder_of_the_data(name):
-    assert read(name, "/elsewhere")[1].data.forget == "/elsewhere:forget10"
-    assert read(name)[1].data.retain == "data/r-tofu:retain90"
+def read(name):
+    return parse(Config, load_config(str(CONFIGS / name)))
 
 
 def rows(mesh, config, batch, *sides):
@@ -103,61 +89,62 @@ def per_device(tree):
 @pytest.mark.parametrize("name", LARGE)
 def test_large_models_are_built_on_eight_devices(name):
     fields, published = LARGE[name]
-    config, shape = parse(Config, read(name)[1]), decoder_config(fields)
+    config, shape = read(name), decoder_config(fields)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     parameters = abstract_params(shape)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters))
     assert count == pytest.approx(published, rel=0.01)
 
-    lora = lora_of(config.lora)
-    frozen = {}
+    lora = Lora.from_config(config.lora)
+    frozen = None
     if lora:
         base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), parameters)
         frozen = abstract_on(mesh, base)
     for settings, objective, batch in (
         (
             config.warmup,
-            warmup_objective(config.cipo),
-            {"chosen": rows(mesh, config, config.warmup.batch)},
+            WarmupObjective.from_config(config.cipo),
+            {"chosen": rows(mesh, config, config.warmup.batch_size)},
         ),
         (
             config.train,
-            preference_objective(config.cipo),
+            PreferenceObjective.from_config(config.cipo),
             {
-                "pairs": rows(mesh, config, config.train.batch, 2),
-                "ref": jax.ShapeDtypeStruct((config.train.batch, 2), jnp.float32),
-                "weights": jax.ShapeDtypeStruct((config.train.batch,), jnp.float32),
-                "retain": rows(mesh, config, config.train.retain_batch),
+                "pairs": rows(mesh, config, config.train.batch_size, 2),
+                "ref": jax.ShapeDtypeStruct((config.train.batch_size, 2), jnp.float32),
+                "weights": jax.ShapeDtypeStruct((config.train.batch_size,), jnp.float32),
+                "retain": rows(mesh, config, config.train.retain_batch_size),
             },
         ),
     ):
-        trainer = Trainer(
-            Policy(shape, compute_of(config.model)),
+        step = TrainStep(
+            Policy(shape, compute_from_config(config.model)),
             objective,
-            make_optimizer(settings, 10),
+            AdamW.from_config(settings),
             mesh,
-            settings.accumulation,
-            part=lora,
+            lora,
+            settings.gradient_accumulation_steps,
         )
-        state = trainer.abstract_state()
-        new, metrics = jax.eval_shape(trainer.update, state, frozen, batch)
+        state = step.abstract_state()
+        key = jax.random.key(0) if step.dropout else None
+        new, metrics = jax.eval_shape(functools.partial(step, key=key), state, batch, frozen)
         same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
         assert all(jax.tree.leaves(same))
         assert metrics["loss"].shape == ()
-        # Traced with its shardings: an axis that did not divide would be an error here.
-        trainer.make_update().lower(state, frozen, batch)
+        # Lowered with its shardings: an axis that did not divide would be an error here.
+        step.lower(batch)
 
         if lora:
-            assert sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])) < 0.02 * count
+            assert sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)) < 0.02 * count
         else:
             # Parameters and both moments in float32, over eight devices but for the norms' scales.
             assert per_device(state) == pytest.approx(12 * count / 8, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["rtofu_r1_0528_qwen3_8b", "rtofu_r1_qwen1p5b_lora"])
+@pytest.mark.parametrize("name", ["rtofu.py:model=qwen3_8b", "rtofu.py:model=qwen1p5b,lora=true"])
 def test_large_models_are_sampled_from_on_eight_devices(name):
-    config, shape = parse(Config, read(name)[1]), decoder_config(LARGE[name][0])
-    mesh, lora = make_mesh(**dataclasses.asdict(config.mesh)), lora_of(config.lora)
+    config, shape = read(name), decoder_config(LARGE[name][0])
+    mesh, lora = make_mesh(**dataclasses.asdict(config.mesh)), Lora.from_config(config.lora)
     params = abstract_params(shape)
     if lora:
         adapters = abstract_adapters(shape, lora)
@@ -165,11 +152,13 @@ def test_large_models_are_sampled_from_on_eight_devices(name):
     layout = jax.eval_shape(lambda p: decoding_layout(shape, p, config.model.decode_dtype), params)
     assert {x.dtype for x in jax.tree.leaves(layout)} == {jnp.dtype("bfloat16")}
     decoding_shardings(layout, mesh)  # Raises where an axis does not divide.
-    rules = SamplingParams(
+    sampling_params = SamplingParams(
         config.sampling.max_new_tokens, (1, 2), 1.0, 0.95, shape.vocab_size - 200
     )
     out = jax.eval_shape(
-        lambda *arrays: generate(shape, compute_of(config.model, decoding=True), rules, *arrays),
+        lambda *arrays: generate(
+            shape, compute_from_config(config.model, decoding=True), sampling_params, *arrays
+        ),
         layout,
         np.zeros((8, 64), np.int32),
         np.ones(8, np.int32),
