@@ -326,30 +326,38 @@ def hidden_states(
     compute: Compute,
     params: Params,
     tokens: Int[Array, "B T"],
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states (after the last norm) of right-padded sequences.
 
     Args:
       config: the model's shape.
       compute: dtype and kernels.
-      params: the training layout; or {"base": training layout, "lora": adapters}, with a
-        "dropout_key" where the adapters' inputs are to be dropped out.
+      params: the training layout; or {"base": training layout, "lora": adapters}.
       tokens: token ids.
-      known: tokens that the sequence had when each token was computed; see `ops.rope.rotation`.
+      seq_len_at_token: length of the sequence when each token was computed; see
+        `ops.rope.rotation`.
+      dropout_key: of `compute.lora_dropout` on the adapters' inputs; None for no dropout.
     """
-    return _applied(Decoder(config, compute), params, tokens, known)
+    return _applied(Decoder(config, compute), params, tokens, seq_len_at_token, dropout_key)
 
 
-def _applied(decoder: Decoder, params: Params, tokens: Array, known: Array | None) -> Array:
+def _applied(
+    decoder: Decoder,
+    params: Params,
+    tokens: Array,
+    seq_len_at_token: Array | None,
+    dropout_key: Array | None,
+) -> Array:
     variables = {"params": base_of(params)}
     rngs = {}
     if "lora" in params:
         variables["lora"] = params["lora"]
-    if "dropout_key" in params:
-        # The groups of a batch are computed one by one: each is to have a mask of its own.
-        rngs["dropout"] = jax.random.fold_in(params["dropout_key"], jnp.sum(tokens))
-    return decoder.apply(variables, tokens, known, rngs=rngs)  # type: ignore[return-value]
+        if dropout_key is not None:
+            # The groups of a batch are computed one by one: each has a mask of its own.
+            rngs["dropout"] = jax.random.fold_in(dropout_key, jnp.sum(tokens))
+    return decoder.apply(variables, tokens, seq_len_at_token, rngs=rngs)  # type: ignore[return-value]
 
 
 def layer_states(
@@ -358,7 +366,8 @@ def layer_states(
     params: Params,
     tokens: Int[Array, "B T"],
     layer: int,
-    known: Int[Array, "B T"] | None = None,
+    seq_len_at_token: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """What a layer gives out, before any norm; the layers above it are not computed.
 
@@ -368,7 +377,8 @@ def layer_states(
       params: as in `hidden_states`.
       tokens: token ids.
       layer: its index, from 0.
-      known: as in `hidden_states`.
+      seq_len_at_token: as in `hidden_states`.
+      dropout_key: as in `hidden_states`.
     """
     depth = layer + 1
     kinds = config.layer_kinds if len(config.layer_kinds) == 1 else config.layer_kinds[:depth]
@@ -381,7 +391,8 @@ def layer_states(
         params = params | {"base": cut(params["base"]), "lora": cut(params["lora"])}
     else:
         params = cut(params)
-    return _applied(Decoder(lower, compute, normed=False), params, tokens, known)
+    decoder = Decoder(lower, compute, normed=False)
+    return _applied(decoder, params, tokens, seq_len_at_token, dropout_key)
 
 
 def head_matrix(config: DecoderConfig, params: Params) -> Float[Array, "D V"]:

@@ -125,24 +125,18 @@ def init_adapters(config: DecoderConfig, lora: Lora, key: Array) -> Params:
     return {"layers": {"block": tree}}
 
 
-def assemble(
-    lora: Lora, frozen: Params, trained: Params, dropout_key: Array | None = None
-) -> Params:
+def assemble(lora: Lora, frozen: Params, trained: Params) -> Params:
     """What the decoder takes, from the adapters that are trained and the base that is not.
 
     Args:
       lora: the adapters.
       frozen: the base, in the training layout.
       trained: the adapters.
-      dropout_key: where the adapters' inputs are to be dropped out.
     """
     weighted = jax.tree_util.tree_map_with_path(
         lambda path, x: x * lora.weight if path[-1].key == "b" else x, trained
     )
-    params = {"base": base_of(frozen), "lora": weighted}
-    if dropout_key is not None and lora.dropout:
-        params["dropout_key"] = dropout_key
-    return params
+    return {"base": base_of(frozen), "lora": weighted}
 
 
 def merge(lora: Lora, base: Params, adapters: Params) -> Params:

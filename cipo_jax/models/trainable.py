@@ -6,7 +6,6 @@ parameters are trained there is nothing beside them.
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 
@@ -14,7 +13,7 @@ from cipo_jax.errors import UserError
 from cipo_jax.models import lora as adapters
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
 from cipo_jax.models.lora import OURS, TARGETS, Lora
-from cipo_jax.typing import Array, Params
+from cipo_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +89,16 @@ def abstract_trainable(config: DecoderConfig, part: Trainable) -> Params:
     return params if part is None else jax.eval_shape(part.take, params)
 
 
-def assemble(
-    part: Trainable, frozen: Params, trained: Params, dropout_key: Array | None = None
-) -> Any:
+def assemble(trainable: Trainable, frozen: Params, trained: Params) -> Params:
     """What the decoder takes, from what is trained and what stands beside it.
 
     Args:
-      part: what is trained.
+      trainable: what is trained.
       frozen: the model beside it, in the training layout; not looked at where all is trained.
       trained: in the shapes of `abstract_trainable`.
-      dropout_key: where the adapters' inputs are to be dropped out.
     """
-    if part is None:
+    if trainable is None:
         return trained
-    if isinstance(part, ParamSubset):
-        return part.put(frozen, trained)
-    return adapters.assemble(part, frozen, trained, dropout_key)
+    if isinstance(trainable, ParamSubset):
+        return trainable.put(frozen, trained)
+    return adapters.assemble(trainable, frozen, trained)
