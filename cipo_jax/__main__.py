@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "leak, retain and reasoning scores of a model, without changing it",
     "sample": "ask a model questions and see its chain of thought",
     "export": "write the model of any run, finished or not, as a Hugging Face folder",
+    "config": "print the resolved settings of a config file and its overrides",
     "pretrain": "make the embedded tiny world and its two models again, from nothing",
 }
 

@@ -24,15 +24,16 @@ from cipo_jax.models.decoder import Compute, DecoderConfig, Remat, abstract_para
 from cipo_jax.models.lora import Lora
 from cipo_jax.models.pretrained import PretrainedFolder, compute_from_config, fingerprint
 from cipo_jax.models.trainable import ParamSubset, Trainable, abstract_trainable, assemble
-from cipo_jax.sampling.memory import fit_batch_size, sharded_bytes
-from cipo_jax.sampling.params import SamplingParams
 from cipo_jax.sampling.job import Request
+from cipo_jax.sampling.memory import MemoryPlan, fit_batch_size, sharded_bytes
+from cipo_jax.sampling.params import SamplingParams
 from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.shared_config import LoraConfig, ModelConfig, ThinkConfig
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
+from cipo_jax.training.optimizer import Optimizer
 from cipo_jax.training.scoring import Scorer
-from cipo_jax.training.step import Objective, Optimizer, Policy, TrainStep
+from cipo_jax.training.step import Objective, Policy, TrainStep
 from cipo_jax.typing import Array, Params
 
 Dtype = Literal["float32", "bfloat16"]
@@ -71,7 +72,7 @@ class LanguageModel:
         dtype: Dtype = "float32",
         *,
         remat: Remat = "names",
-        think: ThinkConfig = ThinkConfig(),
+        think: ThinkConfig | None = None,
     ) -> "LanguageModel":
         """Opens a model; its weights are read when they are first asked for.
 
@@ -99,7 +100,7 @@ class LanguageModel:
     def from_config(
         cls,
         config: ModelConfig,
-        think: ThinkConfig = ThinkConfig(),
+        think: ThinkConfig | None = None,
         mesh: Mesh | None = None,
         trainable: Trainable = None,
         adapters: str = "",
@@ -112,14 +113,14 @@ class LanguageModel:
         mesh = make_mesh() if mesh is None else mesh
         pretrained = PretrainedFolder.open(config.path)
         chat = ChatFormat(
-            pretrained.tokenizer, stop_ids=pretrained.stop_ids, **dataclasses.asdict(think)
+            pretrained.tokenizer,
+            stop_ids=pretrained.stop_ids,
+            **dataclasses.asdict(think or ThinkConfig()),
         )
         param_shardings(abstract_params(pretrained.config), mesh)  # Raises where it does not fit.
         compute = compute_from_config(config)
         decoding = compute_from_config(config, decoding=True)
-        return cls(
-            pretrained, chat, mesh, compute, decoding, trainable, adapters, config.path
-        )
+        return cls(pretrained, chat, mesh, compute, decoding, trainable, adapters, config.path)
 
     @property
     def config(self) -> DecoderConfig:
@@ -167,9 +168,7 @@ class LanguageModel:
             folder = resolve(self.adapters)
             return adapters.load_adapters(folder, self.config, self.trainable, shardings)
         key = jax.random.key(0) if key is None else key
-        return jax.device_put(
-            adapters.init_adapters(self.config, self.trainable, key), shardings
-        )
+        return jax.device_put(adapters.init_adapters(self.config, self.trainable, key), shardings)
 
     def assemble(self, trained: Params) -> Params:
         """The parameters that `Sampler.prepare`, `Scorer` and `Policy` take.
@@ -199,42 +198,24 @@ class LanguageModel:
         dropout = self.trainable.dropout if isinstance(self.trainable, Lora) else 0.0
         return Policy(self.config, dataclasses.replace(self.compute, lora_dropout=dropout))
 
-    def sampler(
+    def plan_sampler(
         self,
-        sampling_params: SamplingParams | None = None,
+        max_batch_size: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
         *,
-        max_batch_size: int = 0,
-        decode_chunk: int = 32,
         int8_cache: bool = False,
-        max_prompt_tokens: int = 512,
-        max_new_tokens: int = 0,
         beside_training: bool = False,
         setting: str = "max_batch_size",
-    ) -> Sampler:
-        """A sampler whose batch fits into memory.
-
-        Args:
-          sampling_params: how to draw and when to stop, where a call does not say.
-          max_batch_size: completions decoded at a time, at most; 0 for as many as fit.
-          decode_chunk: decoding steps between two looks at what has ended.
-          int8_cache: whether keys and values are kept as int8.
-          max_prompt_tokens: for the memory plan.
-          max_new_tokens: for the memory plan; those of `sampling_params` by default.
-          beside_training: whether the training layout of the weights is in memory as well.
-          setting: name of the setting, for messages.
-
-        Raises:
-          UserError: where such a batch does not fit.
-        """
-        if not max_new_tokens:
-            max_new_tokens = sampling_params.max_new_tokens if sampling_params else 512
+    ) -> MemoryPlan:
+        """The memory of a sampler, computed from shapes; arguments as in `sampler`."""
         resident = 0
         if beside_training:
             shapes = abstract_params(self.config)
             dtype = self.compute.dtype if isinstance(self.trainable, Lora) else "float32"
             stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
             resident = sharded_bytes(stored, param_shardings(shapes, self.mesh))
-        plan = fit_batch_size(
+        return fit_batch_size(
             f"{setting} = {max_batch_size}",
             max_batch_size,
             self.config,
@@ -245,11 +226,47 @@ class LanguageModel:
             int8_cache=int8_cache,
             resident=resident,
         )
+
+    def sampler(
+        self,
+        sampling_params: SamplingParams | None = None,
+        *,
+        max_batch_size: int = 0,
+        decode_chunk: int = 32,
+        int8_cache: bool = False,
+        max_prompt_tokens: int = 512,
+        max_new_tokens: int = 512,
+        beside_training: bool = False,
+        setting: str = "max_batch_size",
+    ) -> Sampler:
+        """A sampler whose batch fits into memory.
+
+        Args:
+          sampling_params: how to draw and when to stop, where a job does not say.
+          max_batch_size: completions decoded at a time, at most; 0 for as many as fit.
+          decode_chunk: decoding steps between two looks at what has ended.
+          int8_cache: whether keys and values are kept as int8.
+          max_prompt_tokens: for the memory plan.
+          max_new_tokens: for the memory plan.
+          beside_training: whether the training layout of the weights is in memory as well.
+          setting: name of the setting, for messages.
+
+        Raises:
+          UserError: where such a batch does not fit.
+        """
+        plan = self.plan_sampler(
+            max_batch_size,
+            max_prompt_tokens,
+            max_new_tokens,
+            int8_cache=int8_cache,
+            beside_training=beside_training,
+            setting=setting,
+        )
         return Sampler(
             self.config,
             self.decode_compute,
             self.mesh,
-            plan.max_batch_size,
+            plan.batch_size,
             decode_chunk,
             int8_cache,
             sampling_params,
@@ -322,4 +339,3 @@ class LanguageModel:
             return
         params = merged(self.assemble(trained))
         self.pretrained.save(folder, params, dtype=dtype)
-

@@ -12,13 +12,13 @@ def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
 
     def work(config: Config, workdir: str) -> None:
+        from cipo_jax.experiments.compare import Comparison
         from cipo_jax.progress import Reporter
         from cipo_jax.reports.comparison import print_comparison, write_comparison
-        from cipo_jax.unlearning.compare import Comparison
 
         comparison = Comparison(config, workdir, Reporter())
-        result = comparison.run()
-        written = write_comparison(result, config, comparison.engine.folder.path)
+        result = comparison.compare()
+        written = write_comparison(result, config, comparison.run.folder)
         print_comparison(result, config)
         for path in written:
             print(f"  {path}")

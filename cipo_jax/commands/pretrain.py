@@ -7,7 +7,7 @@ from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import PretrainConfig
 
 HELP = """Writes world.json, target/ and retrained/ (Hugging Face folders) under --out. Those that
-ship were made with `--config=configs/tiny_pretrain.py --out=cipo_jax/assets/tiny_lrm`. A stopped
+ship were made with `--config=configs/tiny/pretrain.py --out=cipo_jax/assets/tiny_lrm`. A stopped
 run goes on from its last checkpoint, kept in --out/.checkpoints until the end."""
 
 
@@ -21,9 +21,9 @@ def run(argv: list[str]) -> int:
         strings={"out": "the folder to write"},
         needs=("config", "out"),
     )
-    from cipo_jax.models.reasoning_model import NEVER_SAW
+    from cipo_jax.experiments.pretrain import make_models
+    from cipo_jax.models.pretrained import NEVER_SAW
     from cipo_jax.progress import Reporter
-    from cipo_jax.training.pretrain import make_models
 
     out = Path(flags.out)
     never_saw = make_models(config, out, Reporter())

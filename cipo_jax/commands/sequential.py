@@ -12,9 +12,9 @@ def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
 
     def work(config: Config, workdir: str) -> None:
+        from cipo_jax.experiments.sequential import unlearn_in_sequence
         from cipo_jax.progress import Reporter
         from cipo_jax.reports.comparison import print_sequence
-        from cipo_jax.unlearning.sequence import unlearn_in_sequence
 
         print_sequence(unlearn_in_sequence(config, workdir, Reporter()))
         print(f"  {workdir}/sequence.json")

@@ -419,4 +419,3 @@ def _all_seconds(folder: Path) -> float:
         spent += sum(stage["seconds"] for stage in state["stages"].values())
         spent += state["startup_seconds"]
     return spent
-

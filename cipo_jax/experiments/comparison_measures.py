@@ -86,9 +86,7 @@ def measure(
     return _measured(run, run.params(weights), questions, retrained)[0]
 
 
-def measure_retrained(
-    run: Run, model: LanguageModel, questions: QuestionSet
-) -> RetrainedMeasures:
+def measure_retrained(run: Run, model: LanguageModel, questions: QuestionSet) -> RetrainedMeasures:
     """Stage: what is reported of the retrained model."""
     params = model.load_params()
     measures, generations = _measured(run, params, questions, None, model)

@@ -1,4 +1,4 @@
-"""The rows of a comparison: methods, or one method with other settings, and their learning rates."""
+"""Rows of a comparison: methods, or a method with other settings, and their learning rates."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

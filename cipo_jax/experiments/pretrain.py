@@ -11,17 +11,25 @@ import numpy as np
 from cipo_jax import losses
 from cipo_jax.config import PretrainConfig
 from cipo_jax.data import tiny_world
-from cipo_jax.data.batches import TokenizedExample, collate, shape_of, shuffled_batches
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate, shuffled_batches
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
-from cipo_jax.models.safetensors_io import save_folder
+from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.progress import Reporter
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.checkpoints import Checkpoints
-from cipo_jax.training.loop import run_phase
+from cipo_jax.training.loop import Callbacks, Phase, train_phase
 from cipo_jax.training.mesh import make_mesh
-from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Batch, Metrics, Policy, Trainer
+from cipo_jax.training.optimizer import AdamW, Schedule
+from cipo_jax.training.step import (
+    Batch,
+    Metrics,
+    Objective,
+    PhaseResult,
+    Policy,
+    StepContext,
+    TrainStep,
+)
 from cipo_jax.typing import Array, Params
 
 _TOKENIZER_TEXTS = 8000
@@ -58,50 +66,58 @@ def make_models(config: PretrainConfig, out: Path, reporter: Reporter) -> list[s
         head_dim=config.d_model // config.heads,
         tied_head=True,
     )
-    trainer = Trainer(
+    step = TrainStep(
         Policy(shape, Compute(remat="names", logits_chunk=4096)),
-        _objective,
-        make_optimizer(config.train, config.steps),
+        PretrainObjective(),
+        AdamW.from_config(config.train),
         make_mesh(**dataclasses.asdict(config.mesh)),
-        config.train.accumulation,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
     )
-    update = trainer.make_update()
+    schedule = Schedule.from_config(config.train, config.steps)
     checkpoints = Checkpoints(out / ".checkpoints")
     for name, people in (("target", world.people), ("retrained", known)):
         batch_at, tokens = _batches(config, world, people, ChatFormat(tokenizer))
+        phase = Phase(name, step, schedule, config.steps, config.train.checkpoint_every)
         with reporter.bar(name, config.steps) as bar:
             bar.skip(checkpoints.latest_step(name) or 0)
 
-            def on_step(step: int, metrics: dict[str, float], bar=bar, tokens=tokens) -> None:
-                del step
+            def on_step(number: int, metrics: dict[str, float], bar=bar, tokens=tokens) -> None:
+                del number
                 bar.advance(1, tokens, f"loss {metrics['loss']:.4f}")
 
-            trained = run_phase(
-                name,
-                trainer,
-                update,
-                {"params": init_params(shape, jax.random.key(config.seed))},
+            trained = train_phase(
+                phase,
+                lambda: PhaseResult(init_params(shape, jax.random.key(config.seed))),
                 batch_at,
-                config.steps,
                 checkpoints,
-                config.train.checkpoint_every,
-                on_step,
+                Callbacks(on_step),
             )
         assert trained is not None
-        save_folder(out / name, shape, trained["params"], tokenizer, dtype=_STORED_AS)
+        save_folder(out / name, shape, trained.params, tokenizer, dtype=_STORED_AS)
     world.save(out / "world.json")
     shutil.rmtree(checkpoints.root)
     return [p.name for p in forgotten]
 
 
-def _objective(policy: Policy, params: Params, batch: Batch) -> tuple[Array, Metrics]:
+@dataclasses.dataclass(frozen=True)
+class PretrainObjective(Objective):
     """NLL of completions; sums, which are longer, have their own shape and a fixed weight."""
-    terms = {
-        name: losses.nll(policy.completion_logps(params, rows), rows.mask, "token")[0]
-        for name, rows in batch.items()
-    }
-    loss = _SUM_WEIGHT * terms["sums"] + (1 - _SUM_WEIGHT) * terms["language"]
-    return loss, {f"nll/{name}": value for name, value in terms.items()}
+
+    def __call__(
+        self, policy: Policy, params: Params, batch: Batch, context: StepContext
+    ) -> tuple[Array, Metrics]:
+        del context
+        terms = {
+            name: losses.nll(
+                policy.completion_logps(params, rows),
+                rows.mask,
+                "token",
+                num_tokens=rows.num_tokens,
+            )[0]
+            for name, rows in batch.items()
+        }
+        loss = _SUM_WEIGHT * terms["sums"] + (1 - _SUM_WEIGHT) * terms["language"]
+        return loss, {f"nll/{name}": value for name, value in terms.items()}
 
 
 def _batches(
@@ -119,7 +135,7 @@ def _batches(
         )
         groups["sums" if e.kind == "arithmetic" else "language"].append(row)
     sizes = {"sums": config.sum_rows, "language": config.language_rows}
-    shapes = {name: shape_of(rows) for name, rows in groups.items()}
+    shapes = {name: PadShape.fitting(rows) for name, rows in groups.items()}
     orders = {
         name: shuffled_batches(len(rows), sizes[name], config.seed + number)
         for number, (name, rows) in enumerate(groups.items())

@@ -34,12 +34,16 @@ def open_run(
 
 
 def derive_run(
-    parent: Run, config: RunConfig, workdir: str | Path, reporter: Reporter | None = None
+    parent: Run,
+    config: RunConfig,
+    workdir: str | Path,
+    reporter: Reporter | None = None,
+    recorded: RunConfig | None = None,
 ) -> tuple[Method, Run]:
-    """The method of a config and a run that belongs to another one."""
+    """The method of a config and a run that belongs to another one; see `Run.derive`."""
     method, config = resolve_method(config)
     trainable = method.trainable(config, parent.workspace.model.config)
-    return method, parent.derive(config, workdir, trainable, reporter)
+    return method, parent.derive(config, workdir, trainable, reporter, recorded)
 
 
 def unlearn(method: Method, run: Run) -> Result:

@@ -203,9 +203,7 @@ class _Writer:
             and not any(reveals(named.answer, f, e.question) for f, e in forbidden)
         )
 
-    def _draw_traces(
-        self, items: Sequence[_Item], attempt: int
-    ) -> list[tuple[Generation, ...]]:
+    def _draw_traces(self, items: Sequence[_Item], attempt: int) -> list[tuple[Generation, ...]]:
         return self._sample(
             f"traces-{attempt}",
             f"{self.run.stage_name}, try {attempt + 1}",

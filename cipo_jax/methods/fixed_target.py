@@ -240,7 +240,9 @@ def prepare_rows(
     """Stage: what the loss gets, with log-probabilities under the base parameters."""
     questions = run.workspace.data.forget.questions
     if targets is None:
-        chosen: list[tuple[int, TokenizedExample | None]] = [(i, None) for i in range(len(originals))]
+        chosen: list[tuple[int, TokenizedExample | None]] = [
+            (i, None) for i in range(len(originals))
+        ]
     else:
         chosen = [(target.item, target.tokens) for target in targets]
     made = []
@@ -310,9 +312,7 @@ def train_round(
     return optimize(run, iteration_name(number), title, start, objective, settings, batches)
 
 
-def _batches(
-    run: Run, rows: FixedRows, retained: RetainedExamples | None, number: int
-) -> Batches:
+def _batches(run: Run, rows: FixedRows, retained: RetainedExamples | None, number: int) -> Batches:
     settings, seed = run.config.train, run.config.seed
     order = shuffled_batches(len(rows.rows), settings.batch_size, derive_seed(seed, number, 0))
     sides = {"forget": rows.forget(), "target": rows.target()}

@@ -26,7 +26,9 @@ class GradientAscentConfig:
 class GradientAscent(ForgetLoss):
     """The NLL of what is forgotten with its sign turned."""
 
-    def of_logps(self, logps: Array, mask: Array, num_tokens: Array | None) -> tuple[Array, Metrics]:
+    def of_logps(
+        self, logps: Array, mask: Array, num_tokens: Array | None
+    ) -> tuple[Array, Metrics]:
         """The loss of token log-probabilities [B, C] under a mask."""
         return losses.ga(logps, mask, num_tokens=num_tokens)
 
@@ -44,7 +46,9 @@ class WeightedGradientAscent(GradientAscent):
 
     beta: float = 1.0
 
-    def of_logps(self, logps: Array, mask: Array, num_tokens: Array | None) -> tuple[Array, Metrics]:
+    def of_logps(
+        self, logps: Array, mask: Array, num_tokens: Array | None
+    ) -> tuple[Array, Metrics]:
         return losses.wga(logps, mask, beta=self.beta, num_tokens=num_tokens)
 
 
@@ -55,7 +59,9 @@ class SatImp(GradientAscent):
     beta: float = 5.0
     importance: float = 1.0
 
-    def of_logps(self, logps: Array, mask: Array, num_tokens: Array | None) -> tuple[Array, Metrics]:
+    def of_logps(
+        self, logps: Array, mask: Array, num_tokens: Array | None
+    ) -> tuple[Array, Metrics]:
         return losses.satimp(
             logps, mask, beta1=self.beta, beta2=self.importance, num_tokens=num_tokens
         )
@@ -76,9 +82,7 @@ def _satimp(config: RunConfig) -> SatImp:
 
 
 register(FixedTarget("ga", "gradient ascent", "2210.01504", loss=_ga, retain="none"))
-register(
-    FixedTarget("grad_diff", "gradient ascent, NLL on what is kept", "2203.12817", loss=_ga)
-)
+register(FixedTarget("grad_diff", "gradient ascent, NLL on what is kept", "2203.12817", loss=_ga))
 register(
     FixedTarget(
         "kl",

@@ -89,9 +89,7 @@ class ConstrainedObjective(FixedTargetObjective):
         dual = jnp.asarray(context.aux_state["dual"])
         return dual, {"dual": dual}
 
-    def update_aux_state(
-        self, aux_state: dict[str, Array], metrics: Metrics
-    ) -> dict[str, Array]:
+    def update_aux_state(self, aux_state: dict[str, Array], metrics: Metrics) -> dict[str, Array]:
         dual, retained = aux_state["dual"], metrics["retained"]
         return {"dual": losses.dual_ascent(dual, retained, epsilon=self.epsilon, lr=self.dual_lr)}
 

@@ -92,7 +92,8 @@ class IdkTargets(TargetBuilder):
     def build(self, run: Run, originals: Sequence[TokenizedExample]) -> tuple[Target, ...]:
         idk = _idk(run)
         return tuple(
-            Target(i, TokenizedExample(original.prompt, idk)) for i, original in enumerate(originals)
+            Target(i, TokenizedExample(original.prompt, idk))
+            for i, original in enumerate(originals)
         )
 
 

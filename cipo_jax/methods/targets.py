@@ -104,9 +104,7 @@ def sample_own_answers(run: Run, base: Weights, forget: ForgetSet) -> OwnAnswers
     job = SamplingJob(requests, greedy, run.key("own"))
     drawn = sample_generations(run, "own", "the model's own thoughts", run.params(base), job)
     return OwnAnswers(
-        tuple(
-            _own(q.example.question, g) for q, (g,) in zip(forget.questions, drawn, strict=True)
-        )
+        tuple(_own(q.example.question, g) for q, (g,) in zip(forget.questions, drawn, strict=True))
     )
 
 

@@ -69,7 +69,10 @@ def text_faults(
 
 
 def judge(
-    run: Run, params: Params, candidates: Sequence[Sequence[Candidate]], settings: CounterfactualConfig
+    run: Run,
+    params: Params,
+    candidates: Sequence[Sequence[Candidate]],
+    settings: CounterfactualConfig,
 ) -> list[tuple[AcceptedTrace | None, list[RejectedTrace], Generation | None]]:
     """For the candidates of each question: the best that passes, and those rejected.
 

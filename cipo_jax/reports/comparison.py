@@ -1,13 +1,15 @@
 """A comparison as a Markdown table, a plot and a table on the terminal."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cipo_jax.config import Config
+from cipo_jax.evals.leakage import AccuracyScores, ForgetScores, Scores
+from cipo_jax.experiments.compare import ComparisonResult, Measured
+from cipo_jax.experiments.comparison_measures import MEASURES, Measures
+from cipo_jax.experiments.sequential import SequenceResult
 from cipo_jax.files import atomic_write_text
-from cipo_jax.unlearning.compare import MEASURES
-from cipo_jax.unlearning.run_folder import Row
 
 _PERCENT = {
     "cot_leak", "answer_leak", "zero_leak", "less_leak", "think_completion", "retain", "reasoning",
@@ -16,11 +18,11 @@ _DIGITS = {"ks": 3, "kl": 3, "steps": 0, "seconds": 0, "peak_gib": 2}
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
-def budget_line(config: Config, result: Row) -> str:
+def budget_line(config: Config, result: ComparisonResult) -> str:
     """How every row was tuned, in a sentence."""
-    seeds, tried = result["budget"]["seeds"], collections.defaultdict(list)
-    for name, lrs in result["budget"]["lrs"].items():
-        tried[tuple(lrs)].append(name)
+    seeds, tried = result.seeds, collections.defaultdict(list)
+    for name, lrs in result.lrs.items():
+        tried[lrs].append(name)
     # Most rows first, by no name; those with rates of their own after them.
     (common, _), *others = sorted(tried.items(), key=lambda item: -len(item[1]))
     tuned = f"learning rate {common[0]:g}"
@@ -30,7 +32,7 @@ def budget_line(config: Config, result: Row) -> str:
     tuned += f" ({'; '.join(own)})" if own else ""
     epochs = f"{config.train.epochs:g}"
     return (
-        f"Every row: {tuned}; at most {config.baseline.rounds} rounds of {epochs} epochs (CiPO: "
+        f"Every row: {tuned}; at most {config.fixed_target.rounds} rounds of {epochs} epochs (CiPO: "
         f"{config.cipo.iterations} iterations of as many after a warm-up of "
         f"{config.warmup.epochs:g}), of which validation keeps one; mean ± standard deviation over "
         f"{seeds} seeds."
@@ -41,32 +43,34 @@ def _listed(numbers: Sequence[float]) -> str:
     return ", ".join(f"{x:g}" for x in numbers)
 
 
-def _cell(key: str, measure: Row | None) -> str:
+def _cell(key: str, measure: Measured | None, spread: bool = True) -> str:
     if measure is None:
         return "–"
     scale, digits = (100, 1) if key in _PERCENT else (1, _DIGITS[key])
-    text = f"{scale * measure['mean']:.{digits}f}"
-    if len(measure["values"]) > 1 and key not in ("seconds", "peak_gib"):
-        text += f" ± {scale * measure['std']:.{digits}f}"
+    text = f"{scale * measure.mean:.{digits}f}"
+    if spread and len(measure.values) > 1 and key not in ("seconds", "peak_gib"):
+        text += f" ± {scale * measure.std:.{digits}f}"
     return text
 
 
-def _single(scores: Row) -> Row:
-    return {key: {"mean": value, "values": [value]} for key, value in scores.items()}
+def _single(measures: Measures) -> dict[str, Measured]:
+    return {key: Measured(value, 0.0, (value,)) for key, value in measures.present().items()}
 
 
-def _rows(result: Row) -> list[tuple[str, Row, float | None]]:
+def _rows(
+    result: ComparisonResult,
+) -> list[tuple[str, Mapping[str, Measured], float | None]]:
     """Name, measures and learning rate of each row of the table."""
-    rows: list[tuple[str, Row, float | None]] = [("before", _single(result["before"]), None)]
-    seeds = result["budget"]["seeds"]
-    for row in result["rows"]:
-        lost = row.get("diverged", 0)
-        note = f" ({seeds - lost} of {seeds} seeds; the others diverged)" if lost else ""
-        rows.append((row["name"] + note, row["measures"], row["lr"]))
+    rows: list[tuple[str, Mapping[str, Measured], float | None]] = [
+        ("before", _single(result.before), None)
+    ]
+    for row in result.rows:
+        note = f" (diverged: {row.diverged} of {result.seeds} seeds)" if row.diverged else ""
+        rows.append((row.name + note, row.measures, row.lr))
     return rows
 
 
-def _shown(result: Row) -> list[tuple[str, str]]:
+def _shown(result: ComparisonResult) -> list[tuple[str, str]]:
     """Key and heading of the measures that any row has."""
     rows = [measures for _, measures, _ in _rows(result)]
     return [
@@ -76,7 +80,7 @@ def _shown(result: Row) -> list[tuple[str, str]]:
     ]
 
 
-def markdown(result: Row, config: Config) -> str:
+def markdown(result: ComparisonResult, config: Config) -> str:
     """The table, the budget and what n is."""
     shown = _shown(result)
     lines = [
@@ -87,14 +91,17 @@ def markdown(result: Row, config: Config) -> str:
         cells = [_cell(key, measures.get(key)) for key, _ in shown]
         cell = name.replace("|", "\\|")
         lines.append(f"| {cell} | {' | '.join(cells)} | {'–' if lr is None else f'{lr:g}'} |")
-    own = [" ".join(line.split()) for line in config.compare.own.splitlines() if line.strip()]
+    own = [
+        f"{', '.join(o.rows)}: {', '.join(f'{key}={value}' for key, value in o.changes)}"
+        for o in config.compare.overrides
+    ]
     if own:
         own = [f"Settings of single rows: {'; '.join(own)}."]
-    n = ", ".join(f"{count} {split}" for split, count in result["n"].items())
+    n = ", ".join(f"{count} {split}" for split, count in result.n.items())
     return "\n".join([*lines, "", budget_line(config, result), *own, f"n: {n} questions."]) + "\n"
 
 
-def write_comparison(result: Row, config: Config, folder: Path) -> list[Path]:
+def write_comparison(result: ComparisonResult, config: Config, folder: Path) -> list[Path]:
     """Writes comparison.md and, with matplotlib, comparison.png; returns what there is to read."""
     atomic_write_text(folder / "comparison.md", markdown(result, config))
     written = [folder / "comparison.json", folder / "comparison.md"]
@@ -106,18 +113,20 @@ def write_comparison(result: Row, config: Config, folder: Path) -> list[Path]:
     return written
 
 
-def merit(measures: Row) -> tuple[float, float, float, float]:
+def merit(measures: Mapping[str, Measured]) -> tuple[float, float, float, float]:
     """(leak, its deviation, utility, its deviation) in percent.
 
     Leak is the greatest of CoT, answer and both attacks, utility the harmonic mean of retain and
-    reasoning accuracy; of each seed, then averaged.
+    reasoning accuracy, or the one that there is; of each seed, then averaged.
     """
     import numpy as np
 
-    leaks = [measures[k]["values"] for k in ("cot_leak", "answer_leak", "zero_leak", "less_leak")]
+    leaks = [measures[k].values for k in ("cot_leak", "answer_leak", "zero_leak", "less_leak")]
     leak = 100 * np.max(np.array(leaks), axis=0)
-    kept = 100 * np.array([measures[k]["values"] for k in ("retain", "reasoning")])
-    utility = 2 * kept[0] * kept[1] / np.maximum(kept[0] + kept[1], 1e-9)
+    kept = [100 * np.array(measures[k].values) for k in ("retain", "reasoning") if k in measures]
+    utility = kept[0] if kept else np.full(len(leak), np.nan)
+    if len(kept) == 2:
+        utility = 2 * kept[0] * kept[1] / np.maximum(kept[0] + kept[1], 1e-9)
     freedom = 1 if len(leak) > 1 else 0  # As in the table: of a sample.
     return (
         float(leak.mean()),
@@ -127,7 +136,7 @@ def merit(measures: Row) -> tuple[float, float, float, float]:
     )
 
 
-def draw(result: Row, path: Path) -> None:
+def draw(result: ComparisonResult, path: Path) -> None:
     """Forgetting against utility, one point a method, error bars of a standard deviation."""
     import matplotlib
 
@@ -172,7 +181,7 @@ _NARROW = {
 }  # fmt: skip
 
 
-def print_comparison(result: Row, config: Config) -> None:
+def print_comparison(result: ComparisonResult, config: Config) -> None:
     """Prints the means to the terminal."""
     from rich.console import Console
     from rich.markup import escape
@@ -184,15 +193,14 @@ def print_comparison(result: Row, config: Config) -> None:
     for key in shown:
         table.add_column(_NARROW[key], justify="right", no_wrap=True)
     for name, measures, _ in _rows(result):
-        means = {k: m | {"values": []} for k, m in measures.items()}
-        table.add_row(escape(name), *(_cell(key, means.get(key)) for key in shown))
+        table.add_row(escape(name), *(_cell(key, measures.get(key), False) for key in shown))
     console = Console()
     console.width = max(console.width, 24 + 9 * len(shown))  # A cut number would be no number.
     console.print(table)
     print(budget_line(config, result))
 
 
-def print_sequence(result: Row) -> None:
+def print_sequence(result: SequenceResult) -> None:
     """Prints a line a request: leak of all so far, of this one, retain and reasoning."""
     from rich.console import Console
     from rich.table import Table
@@ -201,20 +209,24 @@ def print_sequence(result: Row) -> None:
     headings = ("forgotten", "CoT leak of all ↓", "answer leak of all ↓", "leak of this one ↓")
     for heading in (*headings, "retain ↑", "reasoning ↑"):
         table.add_column(heading, justify="right")
-    before = result["before"]
-    counted = [("0", before, "")]
+    table.add_row("0", *_sequence_cells(result.before, ""))
     people = 0
-    for request in result["requests"]:
-        people += len(request["people"])
-        counted.append((str(people), request["all"], f"{100 * request['own']['leak']:.1f} %"))
-    for forgotten, scores, own in counted:
-        values = (
-            scores["forget"]["cot_leak"],
-            scores["forget"]["answer_leak"],
-            own,
-            scores["retain"]["accuracy"],
-            scores["reasoning"]["accuracy"],
-        )
-        cells = [v if isinstance(v, str) else f"{100 * v:.1f} %" for v in values]
-        table.add_row(forgotten, *cells)
+    for request in result.requests:
+        people += len(request.people)
+        table.add_row(str(people), *_sequence_cells(request.all, _percent(request.own_leak)))
     Console().print(table)
+
+
+def _sequence_cells(scores: Scores, own: str) -> list[str]:
+    forget: ForgetScores | None = scores.forget
+    kept: list[AccuracyScores | None] = [scores.retain, scores.reasoning]
+    return [
+        _percent(forget.cot_leak if forget else None),
+        _percent(forget.answer_leak if forget else None),
+        own,
+        *(_percent(split.accuracy if split else None) for split in kept),
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f} %"

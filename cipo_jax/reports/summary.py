@@ -1,12 +1,18 @@
 """summary.json for programs, and the table before / after / retrained for people."""
 
+import dataclasses
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from cipo_jax import __version__
-from cipo_jax.unlearning.run_folder import Row, RunFolder, peak_memory_bytes
+from cipo_jax.data.records import field, read_record, write_record
+from cipo_jax.evals.leakage import Scores
+from cipo_jax.runs.context import Run
+from cipo_jax.runs.evaluation import Result
+from cipo_jax.runs.memory import peak_memory_bytes
 
 _LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 _TABLE = (
@@ -19,36 +25,44 @@ _TABLE = (
 )
 
 
-def summarize(folder: RunFolder, result: Row) -> Row:
-    """Writes summary.json, once; returns it.
+@dataclasses.dataclass(frozen=True)
+class Summary(Result):
+    """A finished run: its result, its time and memory."""
 
-    Args:
-      folder: the run's.
-      result: what `unlearn` returned.
-    """
-    path = folder.path / "summary.json"
+    schema: ClassVar[str] = "summary"
+    stored_in: ClassVar[tuple[str, ...]] = ("summary.json",)
+
+    seconds: dict[str, float] = field("by stage, those of all iterations added up, and their total")
+    seconds_share: dict[str, float] = field("share of the total, by stage")
+    peak_memory_bytes: int = field("of the process that finished the run")
+    versions: dict[str, str] = field("of this package, Python and libraries")
+
+
+def summarize(run: Run, result: Result) -> Summary:
+    """Writes summary.json, once; returns it."""
+    path = run.folder / "summary.json"
     if path.exists():
-        return folder.read_json("summary.json")
+        return read_record(Summary, path)
     seconds: dict[str, float] = {}
-    for stage, spent in folder.seconds().items():
-        # The stages of all iterations are added up: rollouts, pairs, optimize, validate.
+    for stage, spent in run.ledger.seconds().items():
         kind = stage.rsplit("/", 1)[-1]
         seconds[kind] = seconds.get(kind, 0.0) + spent
     seconds = {k: round(v, 3) for k, v in seconds.items()}
     total = round(sum(seconds.values()), 3)
-    summary = result | {
-        "seconds": seconds | {"total": total},
-        "seconds_share": {k: round(v / total, 4) for k, v in seconds.items()} if total else {},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "versions": {"cipo_jax": __version__, "python": platform.python_version()}
+    summary = Summary(
+        **{f.name: getattr(result, f.name) for f in dataclasses.fields(Result)},
+        seconds=seconds | {"total": total},
+        seconds_share={k: round(v / total, 4) for k, v in seconds.items()} if total else {},
+        peak_memory_bytes=peak_memory_bytes(),
+        versions={"cipo_jax": __version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in _LIBRARIES},
-    }
-    folder.write_json("summary.json", summary)
+    )
+    write_record(path, summary)
     return summary
 
 
-def print_scores(title: str, columns: dict[str, Row | None]) -> None:
-    """Prints a table of scores, a column a model; None is a model that there is not."""
+def print_scores(title: str, columns: Mapping[str, Scores | None]) -> None:
+    """Prints a table of scores, a column a model; None for a model that is missing."""
     from rich.console import Console
     from rich.table import Table
 
@@ -63,40 +77,41 @@ def print_scores(title: str, columns: dict[str, Row | None]) -> None:
     Console().print(table)
 
 
-def print_table(summary: Row, path: Path) -> None:
+def print_table(summary: Summary, path: Path) -> None:
     """Prints the scores of before, after and retrained, the time, and where everything is."""
-    name = {"cipo": "CiPO"}.get(summary["method"], summary["method"])
-    title = f"{name}: iteration {summary['best']} of {len(summary['iterations'])} kept"
-    print_scores(title, {name: summary[name] for name in ("before", "after", "retrained")})
-    print(f"n: {_counts(summary['after'])}")
-    fluency = summary["fluency"]
-    if fluency:
+    result: Result = summary
+    name = {"cipo": "CiPO"}.get(result.method, result.method)
+    title = f"{name}: iteration {result.best} of {len(result.iterations)} kept"
+    columns = {"before": result.before, "after": result.after, "retrained": result.retrained}
+    print_scores(title, columns)
+    print(f"n: {_counts(result.after)}")
+    if result.fluency:
         print(
             "mean log-probability of non-fact tokens under the model before, nats a token: "
-            f"{fluency['before']:.3f} before, {fluency['after']:.3f} after"
+            f"{result.fluency.before:.3f} before, {result.fluency.after:.3f} after"
         )
-    seconds = summary["seconds"]
+    seconds = summary.seconds
     slowest = sorted((k for k in seconds if k != "total"), key=lambda k: -seconds[k])[:4]
     shares = ", ".join(f"{k} {seconds[k] / seconds['total']:.0%}" for k in slowest)
     print(
         f"{seconds['total']:.0f} s in all ({shares}); "
-        f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB"
     )
-    for file, what in (
+    for file, content in (
         ("summary.json", "these numbers"),
         ("evals", "every question, what was said, what leaked where"),
         ("counterfactuals.jsonl", "the traces that it was taught, and those rejected"),
         ("export", "the unlearned model, a Hugging Face folder"),
     ):
         if (path / file).exists():
-            print(f"  {path / file!s:<40} {what}")
+            print(f"  {path / file!s:<40} {content}")
 
 
-def _cell(scores: Row | None, split: str, key: str) -> str:
-    if scores is None or not scores[split]["n"]:
-        return "n/a"
-    return f"{100 * scores[split][key]:.1f} %"
+def _cell(scores: Scores | None, split: str, key: str) -> str:
+    part = getattr(scores, split) if scores is not None else None
+    return "n/a" if part is None else f"{100 * getattr(part, key):.1f} %"
 
 
-def _counts(scores: dict[str, Any]) -> str:
-    return ", ".join(f"{scores[s]['n']} {s}" for s in ("forget", "retain", "reasoning"))
+def _counts(scores: Scores | None) -> str:
+    parts = ((s, getattr(scores, s, None)) for s in ("forget", "retain", "reasoning"))
+    return ", ".join(f"{part.n if part else 0} {split}" for split, part in parts)

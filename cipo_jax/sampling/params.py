@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cipo_jax.config import SamplingConfig
 from cipo_jax.errors import UserError
+from cipo_jax.shared_config import SamplingConfig
 from cipo_jax.text.chat_format import ChatFormat
 
 

@@ -69,7 +69,9 @@ class PreferenceObjective(Objective):
         flat = pairs.flattened()
         token_logps = policy.completion_logps(params, flat)
         sums = losses.sequence_logps(token_logps, flat.mask).reshape(-1, 2)
-        loss, metrics = self._preference(sums, batch.get("ref"), pairs.lengths, batch.get("weights"))
+        loss, metrics = self._preference(
+            sums, batch.get("ref"), pairs.lengths, batch.get("weights")
+        )
         chosen, _ = losses.nll(
             token_logps[0::2], flat.mask[0::2], num_sequences=pairs.side(0).num_sequences
         )

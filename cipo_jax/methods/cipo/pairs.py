@@ -102,9 +102,7 @@ def pair_shape(run: Run) -> PadShape:
     return PadShape.fitting([TokenizedExample(prompt, completion)])
 
 
-def sample_rollouts(
-    run: Run, policy: Weights, traces: Counterfactuals, iteration: int
-) -> Rollouts:
+def sample_rollouts(run: Run, policy: Weights, traces: Counterfactuals, iteration: int) -> Rollouts:
     """Stage: what the model says to each forget question that has a counterfactual."""
     chat, settings = run.workspace.model.chat, run.config.sampling
     job = SamplingJob(

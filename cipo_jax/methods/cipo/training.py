@@ -59,9 +59,7 @@ def optimize_preferences(
     )
 
 
-def _pair_batches(
-    run: Run, pairs: Pairs, retained: RetainedExamples, iteration: int
-) -> Batches:
+def _pair_batches(run: Run, pairs: Pairs, retained: RetainedExamples, iteration: int) -> Batches:
     settings, seed, rows = run.config.train, run.config.seed, pairs.pairs
     sides = [pair.tokenized() for pair in rows]
     weights = np.array([pair.weight for pair in rows], np.float32)
