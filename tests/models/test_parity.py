@@ -27,7 +27,7 @@ from golden.make_decoder_golden import (
 from quick_options import QUICK
 from safetensors.numpy import save_file
 
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.hub import load_tokenizer
 from cipo_jax.models.decoder import (
@@ -204,7 +204,7 @@ def sampled(opened):
 def test_training_computes_the_log_probs_that_the_sampler_drew_with(case, sampled):
     params, policy, rows, wanted = sampled(case)
     # Padded differently from how the prompts were.
-    found = completion_logps(policy, params, collate(rows, Shape(112, NEW)))
+    found = completion_logps(policy, params, collate(rows, PadShape(112, NEW)))
     assert np.std(wanted) > 0.1
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
@@ -216,11 +216,11 @@ def test_right_padding_has_no_influence(case, sampled):
         TokenizedExample(row.prompt, row.completion[:n])
         for row, n in zip(rows, (64, 9, 1), strict=True)
     ]
-    wanted = completion_logps(policy, params, collate(rows, Shape(112, NEW)))
+    wanted = completion_logps(policy, params, collate(rows, PadShape(112, NEW)))
     others = [
-        collate(rows, Shape(112, NEW), pad_id=7),
+        collate(rows, PadShape(112, NEW), pad_id=7),
         # Wide enough to stretch a dynamic rope, were padding counted.
-        collate(rows, Shape(160, NEW)),
+        collate(rows, PadShape(160, NEW)),
     ]
     for sequences in others:
         found = completion_logps(policy, params, sequences)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cipo_jax.models.pretrained import PretrainedFolder
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
+from cipo_jax.models.pretrained import PretrainedFolder
 from cipo_jax.sampling.decode import SamplingParams, generate
 
 pytestmark = pytest.mark.slow
