@@ -164,11 +164,7 @@ def test_dropout_hits_the_adapters_inputs_in_training_alone(base):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_layer_states_have_the_dropout_of_hidden_states(base, layer):
-    """The masks of the lower layers depend on the number of layers alone, so the top one is equal.
-
-    Below the top the number of layers differs, and with it the masks.
-    """
+def test_layer_states_have_dropout_too(base, layer):
     lora, compute = dataclasses.replace(LORA, dropout=0.5), Compute(lora_dropout=0.5)
     params = assemble(lora, base, random_adapters(lora))
 
