@@ -1,31 +1,73 @@
-"""Atomic writes of text, JSON Lines and folders: a file is complete or absent."""
+"""Atomic writes of text, JSON, JSON Lines and folders: a file is complete or absent."""
 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes JSON Lines whole or not at all: to a temporary name, synced, then renamed."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    atomic_write_text(path, text)
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically: to a temporary name, synced, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this process: another may be writing the same.
+    # With the process id: another process may write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
+
+
+def remove_stale_temporaries(folder: str | Path) -> list[Path]:
+    """Removes `.NAME.PID.tmp` files and folders, at any depth, of processes that have ended.
+
+    Process ids are those of this machine: call it only while no other machine writes there.
+
+    Returns:
+      The removed paths.
+    """
+    removed = []
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            match = _TEMPORARY.fullmatch(name)
+            if match is None or _is_running(int(match[1])):
+                continue
+            path = Path(parent, name)
+            if name in folders:
+                folders.remove(name)
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # A process of another user.
+        return True
+    return True
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON with one newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON Lines atomically."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write_text(path, text)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Where a model's files are: inside the package, in a folder, or on the Hugging Face hub."""
+"""Paths of models and data: in the package, in a folder, or on the Hugging Face hub."""
 
 import os
 import re
@@ -9,21 +9,21 @@ from typing import Any
 from cipo_jax.errors import UserError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# Nothing pickled is ever fetched, nor weights that repeat others in another layout.
+# Neither pickled files nor weights in a second layout are downloaded.
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
 
 
 def resolve(path: str) -> Path:
-    """The folder or file that a path of the config means.
+    """The local folder or file of a path in the config.
 
     Args:
-      path: "asset:NAME" for one inside the package; a path; or, where there is nothing of that
-        name, "OWNER/NAME" or "OWNER/NAME@REVISION" of the Hugging Face hub, which is downloaded
-        into the hub's own cache (or found there).
+      path: "asset:NAME" for one inside the package; a local path; or, where no such path exists,
+        "OWNER/NAME" or "OWNER/NAME@REVISION" of the Hugging Face hub, which is downloaded into the
+        hub's cache unless it is there.
 
     Raises:
-      UserError: where the hub does not give it.
+      UserError: where the download fails.
     """
     if path.startswith("asset:"):
         return Path(str(resources.files("cipo_jax"))) / "assets" / path.removeprefix("asset:")
@@ -46,7 +46,7 @@ def _download(name: str) -> Path:
                 ignore_patterns=_UNWANTED,
             )
         )
-    except Exception as error:  # The hub's client raises many types, of which each means the same.
+    except Exception as error:  # The hub's client raises many types for a failed download.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
@@ -57,16 +57,16 @@ def _download(name: str) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The folder's tokenizer; code that came with it is never run.
+    """The tokenizer of a model folder; custom code in the folder is never run.
 
     Raises:
-      UserError: where there is none that can be read.
+      UserError: where it cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers do.
+    except Exception as error:  # The parsers of transformers raise many types.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[0] if lines else type(error).__name__
         raise UserError(f"{folder}: its tokenizer cannot be read: {why}") from None

@@ -3,14 +3,14 @@
 python benchmarks/fetch_smollm2.py models/smollm2
 python -m cipo_jax unlearn --config=configs/smollm2_capitals.py --config.model.path=models/smollm2 --workdir=runs/capitals
 
-SmolLM2 is no reasoning model. Three worked examples in the prompt make it think in a sentence or two
-and answer after "Answer:". The questions are those that it gets right in that form, out of many; see
-docs/smollm2.md.
+SmolLM2 is not a reasoning model. With three worked examples in the prompt it writes a chain of thought
+of a sentence or two, and its answer after "Answer:". The questions are those, of many, that it answers
+correctly in that form; see docs/smollm2.md.
 """  # noqa: E501
 
 from pathlib import Path
 
-from cipo_jax.config import default_config
+from cipo_jax.config import default_config, parse_arg
 
 DATA = Path(__file__).parent / "capitals"
 PROMPT = """\
@@ -43,11 +43,11 @@ Accra<|im_end|>
 
 def get_config(arg=None):
     """The settings; it takes no argument."""
-    del arg
+    parse_arg(arg)
     config = default_config()
     config.model.path = "models/smollm2"
     config.model.retrained = ""
-    config.model.remat = "none"  # 135 M parameters leave room for what the backward pass needs.
+    config.model.remat = "none"  # Activations of 135 M parameters fit in memory.
     config.think.prompt = PROMPT
     config.think.open = ""
     config.think.close = "Answer:"
@@ -62,29 +62,29 @@ def get_config(arg=None):
     config.lora.rank = 16
     config.lora.alpha = 32.0
 
-    config.sampling.rows = 48
+    config.sampling.max_batch_size = 48
     config.sampling.max_new_tokens = 32
-    config.eval.rows = 32
+    config.eval.max_batch_size = 32
     config.eval.max_new_tokens = 40
-    # So small a model invents no other capital, but it reasons to one that is named.
+    # So small a model names no other capital, but it reasons to one that the prompt names.
     config.counterfactual.backward_prompt = "{question}\nHint: {answer}"
-    config.counterfactual.candidates = 4
+    config.counterfactual.num_candidates = 4
     config.counterfactual.rounds = 2
 
     config.warmup.epochs = 3.0
     config.warmup.lr = 1e-3
     config.warmup.warmup_steps = config.train.warmup_steps = 1
-    config.warmup.batch = 6
-    config.warmup.retain_batch = 4
-    config.warmup.reasoning_batch = 2
+    config.warmup.batch_size = 6
+    config.warmup.retain_batch_size = 4
+    config.warmup.reasoning_batch_size = 2
     config.cipo.iterations = 2
-    config.cipo.patience = 2
-    config.cipo.samples = 1
+    config.selection.patience = 2
+    config.cipo.num_samples = 1
     config.cipo.nll_weight = 0.3
-    config.cipo.retain_weight = 2.0  # 60 facts stand for all that it knows.
+    config.cipo.retain_weight = 2.0  # 60 facts represent all of its knowledge.
     config.train.epochs = 2.0
     config.train.lr = 1e-3
-    config.train.batch = 4
-    config.train.retain_batch = 4
-    config.train.reasoning_batch = 2
+    config.train.batch_size = 4
+    config.train.retain_batch_size = 4
+    config.train.reasoning_batch_size = 2
     return config

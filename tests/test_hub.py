@@ -11,8 +11,8 @@ from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
 from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.models.decoder import DecoderConfig, init_params
-from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.models.safetensors_io import save_folder
+from cipo_jax.models.pretrained import PretrainedFolder
+from cipo_jax.models.safetensors_save import save_folder
 
 TINY = DecoderConfig(280, d_model=8, d_ff=8, layers=1, heads=2, kv_heads=1, head_dim=4)
 OLD, NEW = "a" * 40, "b" * 40
@@ -133,7 +133,7 @@ def test_a_model_opens_by_its_name(hub, tokenizer):
     params = init_params(TINY, jax.random.key(0))
     folder = hub / "snapshots" / NEW
     save_folder(folder, TINY, params, tokenizer)
-    model = ReasoningModel.open("some/model")
+    model = PretrainedFolder.open("some/model")
     assert model.config == TINY
     assert_trees_equal(model.load_params(), params)
 

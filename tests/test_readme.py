@@ -1,4 +1,4 @@
-"""What the README says is run, so that it stays true."""
+"""The README and the pages of docs/ are run and their links followed, so that they stay true."""
 
 import itertools
 import math
@@ -13,19 +13,35 @@ from cipo_jax import config
 from cipo_jax.data.examples import Example
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", read(page), flags=re.DOTALL)
 
 
 def loss_blocks():
-    return [block for block in python_blocks() if "losses." in block]
+    pages = (README, ROOT / "docs" / "losses.md")
+    return [block for page in pages for block in python_blocks(page) if "losses." in block]
+
+
+def slugs(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_losses_snippets_run_and_print_what_they_say():
-    # The second goes on where the first ends.
+    # One stands in the README, one in docs/losses.md.
     snippets = [block for block in loss_blocks() if not re.search("nnx|eqx", block)]
     assert len(snippets) == 2
     printed = subprocess.run(
@@ -59,7 +75,7 @@ def test_the_losses_snippets_for_model_objects_learn(
 
 
 def test_the_config_example_is_a_valid_config():
-    (snippet,) = [block for block in python_blocks() if "def get_config" in block]
+    (snippet,) = [block for block in python_blocks(README) if "def get_config" in block]
     names = {}
     exec(snippet, names)
     parsed = config.parse(config.Config, names["get_config"]())
@@ -68,32 +84,70 @@ def test_the_config_example_is_a_valid_config():
 
 
 def test_the_table_of_fields_is_the_schema():
-    cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", README, flags=re.MULTILINE)
+    page = read(ROOT / "docs" / "data.md")
+    cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, flags=re.MULTILINE)
     rows = {name.strip("` ") for cell in cells for name in cell.split(",")}
     assert set(Example.__dataclass_fields__) <= rows
 
 
 def test_the_two_commands_stand_in_the_readme_and_the_gate_runs_the_tests_as_it_says():
+    text = read(README)
     assert (
         "pip install -e .  &&  python -m cipo_jax unlearn --config=configs/quickstart.py "
-        "--workdir=runs/quickstart" in README
+        "--workdir=runs/quickstart" in text
     )
-    assert "pip install -e '.[test]'  &&  python -m pytest" in README
+    assert "pip install -e '.[test]'  &&  python -m pytest" in text
     gate = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "-e '.[test]' && python -m pytest" in gate
 
 
-def test_files_named_in_the_readme_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_a_page_exist(page):
+    text = read(page)
+    for path, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
         if not path.startswith("http"):
-            assert (ROOT / path).exists(), path
-    written = set(re.findall(r"^# (configs/\w+\.py)$", README, flags=re.MULTILINE))
-    for path in set(re.findall(r"--config=(configs/\w+\.py)", README)) - written:
+            target = page.parent / path if path else page
+            assert target.exists(), path
+            assert not anchor or anchor in slugs(target), f"{path}#{anchor}"
+    written = set(re.findall(r"^# (configs/[\w/]+\.py)$", text, flags=re.MULTILINE))
+    named = set(re.findall(r"--config=(configs/[\w/]+\.py)", text))
+    if page != README:
+        written.add("configs/mine.py")  # The README's example of the reader's own.
+    for path in named - written:
         assert (ROOT / path).is_file(), path
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_placeholder_is_left(page):
+    assert "@@" not in read(page)
+
+
+def test_the_readme_is_short():
+    assert len(read(README).splitlines()) <= 200
+
+
+def test_the_tree_of_the_readme_has_the_folders_of_the_package():
+    (tree,) = re.findall(r"```\n(cipo_jax/\n.*?)```", read(README), flags=re.DOTALL)
+    inside = re.findall(r"^  ((?:\w+/ )+)", tree, flags=re.MULTILINE)
+    named = {name for line in inside for name in line.replace("/", "").split()}
+    found = {p.name for p in (ROOT / "cipo_jax").iterdir() if p.is_dir() and p.name[0] not in "._"}
+    assert named == found
+    for name in re.findall(r"^(\w+/)", tree, flags=re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_the_index_of_the_documentation_has_every_page():
+    index = ROOT / "docs" / "README.md"
+    linked = set(re.findall(r"^\| \[[^]]+\]\(([^)]+)\)", read(index), flags=re.MULTILINE))
+    assert linked == {p.name for p in (ROOT / "docs").glob("*.md") if p != index}
+
+
+def test_places_named_in_the_glossary_exist():
+    tables = re.findall(r"\| in code \|\n(.*?)\n\n", read(ROOT / "docs" / "glossary.md"), re.DOTALL)
+    places = [line.split("|")[3] for table in tables for line in table.splitlines()]
+    paths = {path for place in places for path in re.findall(r"`([\w/]+(?:/|\.py))`", place)}
+    assert len(paths) > 20
+    assert sorted(path for path in paths if not (ROOT / "cipo_jax" / path).exists()) == []
 
 
 def test_the_snippet_of_the_sampler_runs(capsys):

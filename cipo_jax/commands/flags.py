@@ -1,21 +1,34 @@
-"""Command-line flags to a checked config: absl and config_flags, with errors a person can use."""
+"""Command-line flags to a checked config, with errors of one line."""
 
+import contextlib
+import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from cipo_jax.config import Config, flatten, nearest, parse
+from cipo_jax.config import Config, flatten, parse
 from cipo_jax.errors import EXIT_DIVERGED, UserError
+from cipo_jax.settings import (
+    RenamedSetting,
+    find_setting,
+    from_text,
+    legacy_of,
+    translated,
+    unflatten,
+)
 
 T = TypeVar("T")
+_OVERRIDES = ("--config.", "-config.", "--noconfig.", "-noconfig.")
 
 
 def parse_flags(
-    cls: type[T],
+    cls: type[T] | Sequence[type[T]],
     command: str,
     argv: Sequence[str],
     help_text: str,
@@ -26,9 +39,9 @@ def parse_flags(
     """Reads ``--config=FILE[:ARG]``, its overrides and a command's own string flags.
 
     Args:
-      cls: the config's dataclass.
+      cls: the config's dataclass; of several the first that has all of the file's keys.
       command: name of the command, for messages.
-      argv: what stands after the command.
+      argv: the arguments after the command.
       help_text: shown by ``--help``.
       strings: the command's own flags and their help; each is a string, "" by default.
       needs: flags that must be given.
@@ -40,6 +53,7 @@ def parse_flags(
       UserError: naming the flag or the key and what would be right.
       SystemExit: after printing the help.
     """
+    classes = [cls] if isinstance(cls, type) else list(cls)
     strings = strings or {}
     if any(arg in ("-h", "--help", "-help") for arg in argv):
         print(f"usage: python -m cipo_jax {command} --config=FILE[:ARG] [--config.KEY=VALUE ...]")
@@ -47,78 +61,146 @@ def parse_flags(
             print(f"  --{name:<12} {text}")
         print(f"\n{help_text}")
         raise SystemExit(0)
+    overrides, others = _split(classes, argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=values)
+    flags.DEFINE_string("config", "", "the config file and its argument", flag_values=values)
     for name, text in strings.items():
         flags.DEFINE_string(name, "", text, flag_values=values)
-    # config_flags looks for overrides in sys.argv, wherever the other flags come from.
-    before, sys.argv = sys.argv, [f"cipo_jax {command}", *argv]
     try:
-        path = _config_path(argv)
-        overrides = [arg for arg in argv if arg.startswith(("--config.", "-config."))]
-        if not path and ("config" in needs or overrides):
-            raise UserError(f"{command}: --config=... is missing")
-        if path and not Path(path.split(":", 1)[0]).is_file():
-            raise UserError(f"{command}: --config={path}: no such file")
-        if path:
-            _check_override_keys(overrides, path)
-        left = values(sys.argv)
+        left = values([f"cipo_jax {command}", *others])
+    except flags.Error as error:
+        raise UserError(f"{command}: {_one_line(error)}") from None
+    if not values.config and ("config" in needs or overrides):
+        raise UserError(f"{command}: --config=... is missing")
+    if len(left) > 1:
+        raise UserError(f"{command}: {left[1]!r} is not a flag; flags begin with --")
+    with _warnings_of_one_line():
+        config = _resolved(classes, values.config, overrides) if values.config else classes[0]()
+    for name in needs:
+        if not values[name].value:
+            raise UserError(f"{command}: --{name}=... is missing")
+    return config, values
+
+
+def _split(
+    classes: Sequence[type], argv: Sequence[str]
+) -> tuple[list[tuple[str, str]], Sequence[str]]:
+    """The overrides as pairs of key and text, and the other arguments."""
+    overrides, others = [], []
+    pieces = iter(argv)
+    for arg in pieces:
+        if not arg.startswith(_OVERRIDES):
+            others.append(arg)
+            continue
+        name, equals, text = arg.partition("=")
+        key = name.split(".", 1)[1]
+        if name.lstrip("-").startswith("no"):
+            text = "false"
+        elif not equals and any(_is_bool(cls, key) for cls in classes):
+            text = "true"
+        elif not equals:
+            text = next(pieces, None)
+            if text is None:
+                raise UserError(f"config.{key}: write --config.{key}=VALUE")
+        overrides.append((key, text))
+    return overrides, others
+
+
+def _is_bool(cls: type, key: str) -> bool:
+    try:
+        return find_setting(cls, key)[0] is bool
+    except UserError:
+        return False
+
+
+def _resolved(classes: Sequence[type[T]], path: str, overrides: Sequence[tuple[str, str]]) -> T:
+    """The config file's values with those of the command line in their place."""
+    settings = flatten(load_config(path))
+    cls = next((c for c in classes if settings.keys() <= flatten(c()).keys()), classes[0])
+    settings = translated(settings, legacy_of(cls))
+    for key, text in overrides:
+        settings |= _override(cls, key, text)
+    return parse(cls, unflatten(settings))
+
+
+def _override(cls: type, key: str, text: str) -> dict[str, Any]:
+    """The settings that ``--config.key=text`` changes; an old key may stand for several."""
+    legacy = legacy_of(cls)
+    if key not in legacy:
+        return {key: _value(cls, key, text)}
+    value: Any = text
+    # An old way to write the value of a key that there still is cannot always be read as today's.
+    with contextlib.suppress(UserError):
+        value = _value(cls, key, text)
+    new = translated({key: value}, legacy)
+    return {k: _value(cls, k, v) if isinstance(v, str) else v for k, v in new.items()}
+
+
+def _value(cls: type, key: str, text: str) -> Any:
+    hint, _ = find_setting(cls, key)
+    try:
+        return from_text(hint, text)
+    except ValueError as error:
+        raise UserError(f"config.{key} = {text!r}: {error}") from None
+
+
+def load_config(path: str) -> ConfigDict:
+    """Runs a config file's ``get_config``.
+
+    Args:
+      path: ``FILE`` or ``FILE:ARG``.
+
+    Raises:
+      UserError: where there is no such file, or it fails; the message has the line of the file.
+    """
+    file, colon, arg = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config={path}: no such file")
+    spec = importlib.util.spec_from_file_location("cipo_config_file", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # As an import does; dataclasses in the file look it up.
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={path}: the file defines no get_config()")
+        config = module.get_config(arg) if colon else module.get_config()
     except UserError:
         raise
     except SystemExit as end:
-        raise UserError(f"{command}: the config file stopped ({end})") from None
-    except Exception as error:
-        # absl and config_flags raise many types, and run the config file, which may raise any.
-        raise UserError(f"{command}: {_one_line(error)}") from None
-    finally:
-        sys.argv = before
-    if len(left) > 1:
-        raise UserError(f"{command}: {left[1]!r} is not a flag; flags begin with --")
-    for name in needs:
-        if name != "config" and not values[name].value:
-            raise UserError(f"{command}: --{name}=... is missing")
-    return (parse(cls, values.config) if path else cls()), values
+        raise UserError(f"--config={path}: the config file exited ({end})") from None
+    except Exception as error:  # The file may raise any.
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        where = f"{file}:{lines[-1]}" if lines else file
+        raise UserError(f"{where}: {type(error).__name__}: {_one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: its get_config() returns no ConfigDict")
+    return config
 
 
 def _one_line(error: Exception) -> str:
-    """The message of an error, of which config_flags may have made a whole traceback, as a line."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if any(line.startswith("Traceback") for line in lines):
-        lines = lines[-1:]
-    return " ".join(lines) or type(error).__name__
+    return " ".join(text.split()) or type(error).__name__
 
 
-def _config_path(argv: Sequence[str]) -> str:
-    """The value of ``--config=FILE[:ARG]`` or ``--config FILE[:ARG]``; "" where there is none."""
-    for i, arg in enumerate(argv):
-        name, equals, value = arg.partition("=")
-        if name in ("--config", "-config"):
-            return value if equals else next(iter(argv[i + 1 :]), "")
-    return ""
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Prints the warnings of renamed settings as one line each, and once."""
+    printed = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedSetting)
+        others = warnings.showwarning
 
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, RenamedSetting):
+                others(message, category, *where, **more)
+            elif str(message) not in printed:
+                printed.add(str(message))
+                print(f"cipo: warning: {message}", file=sys.stderr)
 
-def _check_override_keys(overrides: Sequence[str], path: str) -> None:
-    """Loads the config file alone; raises UserError where an override names no key of it."""
-    probe = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=probe)
-    before, sys.argv = sys.argv, ["probe", f"--config={path}"]
-    try:
-        probe(sys.argv)
-        if probe.config is not None:
-            probe.config.items  # noqa: B018  (a failure to load is raised at the first use)
-    finally:
-        sys.argv = before
-    if not isinstance(probe.config, ConfigDict):
-        raise UserError(f"--config={path}: its get_config() returns no ConfigDict")
-    known = flatten(probe.config)
-    groups = {key.rsplit(".", i)[0] for key in known for i in range(1, key.count(".") + 1)}
-    for override in overrides:
-        key = override.lstrip("-").split("=", 1)[0].removeprefix("config.")
-        if key in groups:
-            raise UserError(f"config.{key}: is a group of settings, not a value")
-        if key not in known:
-            raise UserError(f"config.{key}: no such setting; nearest: {nearest(key, known)}")
+        warnings.showwarning = show
+        yield
 
 
 def run_with_folder(
@@ -128,13 +210,13 @@ def run_with_folder(
 
     Args:
       command: name of the command.
-      argv: what stands after it.
+      argv: the arguments after the command.
       help_text: shown by ``--help``.
-      work: what it does with the config and the folder.
+      work: called with the config and the folder.
     """
     from cipo_jax.training.loop import Diverged
 
-    strings = {"workdir": "the run folder, made if it is not there"}
+    strings = {"workdir": "the run folder, made if it does not exist"}
     needs = ("config", "workdir")
     config, flags = parse_flags(Config, command, argv, help_text, strings=strings, needs=needs)
     try:

@@ -1,41 +1,43 @@
-"""Examples, and JSON Lines out. The schema of our own data files is `Example`.
-
-`question` and `answer` are required; `cot` is the chain of thought that leads to the answer,
-`target_answer` what the user wants to hear instead, `aliases` other spellings of the answer,
-`facts` further strings that must not surface either (a bridge of a two-hop question, say), and
-`kind` a free label by which scores are broken down. Questions that share a `group` ask for the same
-fact and are given the same target answer. `paraphrased_question` and `paraphrased_answer` say the
-same in other words, `perturbed_answers` are wrong answers to compare with, as in TOFU.
-"""
+"""`Example`: the schema of data files."""
 
 import dataclasses
 from typing import Any
 
+from cipo_jax.data.records import field
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with what is known about it."""
+    """One question with its answers and the facts that must not leak."""
 
-    question: str
-    answer: str
-    cot: str | None = None
-    target_answer: str | None = None
-    aliases: tuple[str, ...] = ()
-    facts: tuple[str, ...] = ()
-    kind: str = ""
-    group: str = ""
-    paraphrased_question: str | None = None
-    paraphrased_answer: str | None = None
-    perturbed_answers: tuple[str, ...] = ()
+    question: str = field("the question")
+    answer: str = field("the true answer")
+    cot: str | None = field("chain of thought that leads to the answer", None)
+    target_answer: str | None = field("counterfactual answer chosen by the user", None)
+    aliases: tuple[str, ...] = field("other spellings of the answer", ())
+    facts: tuple[str, ...] = field(
+        "further strings that count as leaks, such as the bridge of a two-hop question", ()
+    )
+    kind: str = field("free label by which scores can be broken down", "")
+    group: str = field(
+        "questions of one group ask for the same fact and get the same target answer", ""
+    )
+    paraphrased_question: str | None = field("the question in other words", None)
+    paraphrased_answer: str | None = field("the answer in other words, as in TOFU", None)
+    perturbed_answers: tuple[str, ...] = field("wrong answers to compare with, as in TOFU", ())
 
     @property
     def forbidden(self) -> tuple[str, ...]:
-        """Every string whose appearance is a leak: the answer, its aliases and further facts."""
+        """The strings that count as leaks: the answer, its aliases and further facts."""
         return tuple(dict.fromkeys((self.answer, *self.aliases, *self.facts)))
 
 
 def example_row(example: Example) -> dict[str, Any]:
-    """The JSON object of an example: fields at their default are left out."""
+    """The JSON object of an example, without the fields that are at their default."""
     defaults = {f.name: f.default for f in dataclasses.fields(Example)}
-    row = {k: v for k, v in dataclasses.asdict(example).items() if v != defaults[k]}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in row.items()}
+    row = {name: getattr(example, name) for name in defaults}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in row.items()
+        if value != defaults[name]
+    }

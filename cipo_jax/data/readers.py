@@ -1,73 +1,51 @@
-"""Examples from files and data sets.
+"""Examples, questions and lines of text from data files.
 
-A source is one of
-
-* a path to JSON Lines, or to one JSON array of objects (.jsonl or .json),
-* FOLDER:NAME or FOLDER/NAME, for NAME.json or NAME.jsonl in a folder such as R-TOFU's,
-* hub:OWNER/NAME:PART, for what `datasets` loads from the Hugging Face hub, or from a local folder
-  in place of OWNER/NAME; PART is a configuration, CONFIGURATION/SPLIT, a split or a file's name.
-
-Rows are known by their fields, never by a file's name: those of `Example`; those of R-TOFU and
-TOFU, which write perturbed_answer, and whose task_id and original_answer mean nothing here; and
-those of RETURN, where a row is a person with many questions.
+Rows are identified by their fields, never by the name of a file: those of `Example`; those of
+R-TOFU and TOFU, which name a field perturbed_answer and whose task_id and original_answer are
+ignored; and those of RETURN, where a row is a person with many questions. `data.sources` lists the
+sources.
 """
 
 import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cipo_jax.data.examples import Example
+from cipo_jax.data.sources import json_rows, open_source, text_lines
 from cipo_jax.errors import UserError
 
 _LISTS = ("aliases", "facts", "perturbed_answers")
 _TEXTS = tuple(f.name for f in dataclasses.fields(Example) if f.name not in _LISTS)
 _OURS = frozenset((*_TEXTS, *_LISTS))
 _REQUIRED = ("question", "answer")
-# "" stands for "none" in published files; of our own fields the labels alone may be empty.
+# Published files write "" for a missing value; of our own fields only the labels may be empty.
 _MAY_BE_EMPTY = ("cot", "paraphrased_question", "paraphrased_answer")
 _LABELS = ("kind", "group")
 _OTHER_NAMES = {"perturbed_answer": "perturbed_answers"}
-_WITHOUT_MEANING = frozenset(("task_id", "original_answer"))
-_PEOPLE = ("qa_list", "data")  # where RETURN, and RETURN as judged by its authors' code, have it
+_IGNORED = frozenset(("task_id", "original_answer"))
+_PEOPLE = ("qa_list", "data")  # fields of RETURN, and of the output of its authors' evaluation
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_WAYS = "give a JSON Lines file, FOLDER:NAME or hub:OWNER/NAME:PART"
-
-
-class _Table(NamedTuple):
-    """Rows before they are understood.
-
-    Attributes:
-      name: stands before the row's number in messages.
-      rows: (number, row) in order.
-      foreign: whether it is a data set of others, whose repetitions are not the reader's to mend.
-      loose: whether it may have columns that mean nothing here.
-    """
-
-    name: str
-    rows: Iterable[tuple[int, Any]]
-    foreign: bool = False
-    loose: bool = False
 
 
 def read_examples(source: str | Path, required: Sequence[str] = ()) -> list[Example]:
-    """Reads the examples of a source; see the top of this file.
+    """Reads the examples of a source.
 
-    Of questions that come twice in the files of others the first is kept, and a warning tells how
-    many were left out.
+    Of a question that a published data set repeats, the first row is kept; a warning gives the
+    number of the others.
 
     Args:
       source: a path, FOLDER:NAME or hub:OWNER/NAME:PART.
-      required: optional fields that each row must have here: "cot" for rows that are trained on.
+      required: optional fields that each row must have: "cot" for rows that are trained on.
 
     Raises:
-      UserError: naming file, row and field, where a row is not as it should be, where two rows of
-        ours ask the same question, or where there is no row at all.
+      UserError: naming file, row and field, where a row is invalid, where two rows in the format of
+        `Example` ask the same question, or where there is no row.
     """
-    table = _open(str(source))
+    table = open_source(str(source))
     examples: list[Example] = []
     seen: dict[str, int] = {}
     unread: set[str] = set()
@@ -108,10 +86,10 @@ def read_questions(path: str | Path) -> list[str]:
     """Reads the field "question" of each line of a JSON Lines file; other fields are not read.
 
     Raises:
-      UserError: naming the file and the line, where there is none.
+      UserError: naming the file and the line, where it is missing.
     """
     questions = []
-    for number, row in _rows(Path(path)):
+    for number, row in json_rows(Path(path)):
         question = row.get("question") if isinstance(row, dict) else None
         if not isinstance(question, str) or not question.strip():
             raise UserError(
@@ -124,14 +102,14 @@ def read_questions(path: str | Path) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Reads a file with a text in each line: plain, or as JSON strings.
+    """Reads a file with one text a line, all plain or all JSON strings.
 
     Raises:
-      UserError: naming file and line, where the two kinds mix, or a line is JSON but no text.
+      UserError: naming file and line, where the two kinds mix or a line is another JSON value.
     """
     texts: list[str] = []
     kinds: list[bool] = []
-    for number, line in _lines(Path(path).expanduser()):
+    for number, line in text_lines(Path(path).expanduser()):
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
@@ -156,11 +134,11 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def _examples(row: Any, unread: set[str] | None) -> Iterator[Example]:
-    """The examples of a row; raises ValueError with the field's name and what it should have been.
+    """The examples of a row; raises ValueError naming the field and its valid values.
 
     Args:
-      row: as it was read.
-      unread: takes the names of fields that are not known; None to raise instead.
+      row: the parsed JSON value.
+      unread: collects the names of unknown fields; None to raise instead.
     """
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -186,7 +164,7 @@ def _example(row: dict[str, Any], unread: set[str] | None) -> Example:
             raise ValueError(f"field {name!r} is missing; the row has {', '.join(given) or 'none'}")
     for name, value in row.items():
         field = _OTHER_NAMES.get(name, name)
-        if value is None or name in _WITHOUT_MEANING or (name in _MAY_BE_EMPTY and value == ""):
+        if value is None or name in _IGNORED or (name in _MAY_BE_EMPTY and value == ""):
             continue
         if field in values:
             raise ValueError(f"field {name!r} is there under two names; keep one")
@@ -215,144 +193,3 @@ def _check_text(what: str, text: str, may_be_empty: bool = False) -> None:
         raise ValueError(f"{what} holds half of a surrogate pair, which is no text")
     if not may_be_empty and not text.strip():
         raise ValueError(f"{what} is empty")
-
-
-# ---- files and folders
-
-
-def _open(source: str) -> _Table:
-    if source.startswith("hub:"):
-        return _load(source)
-    path, foreign = _find(source)
-    return _Table(str(path), _rows(path), foreign)
-
-
-def _find(source: str) -> tuple[Path, bool]:
-    """The file that a source names, and whether it is named within a folder."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path, False
-    folder, _, name = source.rpartition(":")
-    named = Path(folder).expanduser()
-    if folder and named.is_dir() and name:
-        found = _within(named, name)
-        if found is None:
-            raise UserError(f"{source}: no {name}.json or {name}.jsonl there; {_listed(named)}")
-        return found, True
-    if path.is_dir() or (folder and named.is_dir()):
-        path = path if path.is_dir() else named
-        raise UserError(f"{path}: is a folder; name a file of it as {path}:NAME; {_listed(path)}")
-    found = _within(path.parent, path.name)
-    if found is None:
-        raise UserError(f"{path}: no such file; {_WAYS}")
-    return found, True
-
-
-def _within(folder: Path, name: str) -> Path | None:
-    """The one file of a folder that goes by a name, with or without its suffix."""
-    files = [folder / f"{name}{suffix}" for suffix in ("", ".json", ".jsonl")]
-    found = [file for file in files if file.is_file()]
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1].name} both go by {name!r}; write the suffix too")
-    return found[0] if found else None
-
-
-def _listed(folder: Path) -> str:
-    names = sorted({f.stem for f in folder.iterdir() if f.suffix in (".json", ".jsonl")})
-    return f"there are {', '.join(names)}" if names else "there is no .json or .jsonl file"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file that are not blank."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, line
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {_WAYS}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of JSON Lines by their lines, or of a JSON array by their numbers."""
-    text = _text(path)
-    line = 0
-    try:
-        if text.lstrip()[:1] == "[":
-            yield from enumerate(json.loads(text), 1)
-            return
-        for line, row in enumerate(text.split("\n")):
-            if row.strip():
-                yield line + 1, json.loads(row)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{line + error.lineno}: not JSON: {error.msg}; one object a line, or one array "
-            "of objects"
-        ) from None
-
-
-# ---- what `datasets` loads
-
-
-def _load(source: str) -> _Table:
-    import datasets
-
-    name, _, part = source.removeprefix("hub:").rpartition(":")
-    if not name or not part:
-        raise UserError(
-            f"{source}: write hub:OWNER/NAME:PART, where PART is a configuration or a split"
-        )
-    folder = Path(name).expanduser()
-    path = str(folder) if folder.is_dir() else name
-    config, _, split = part.rpartition("/")
-    if config:
-        ways: list[dict[str, Any]] = [{"name": config, "split": split}]
-    else:
-        ways = [{"name": part}, {"split": part}, {"data_files": f"{part}.json*", "split": "train"}]
-    table = None
-    for way in ways:
-        try:
-            table = datasets.load_dataset(path, **way)
-            break
-        except ValueError:  # No such configuration or split.
-            continue
-        except Exception as error:  # Whatever the network, the hub and the parsers raise.
-            if "data_files" in way and isinstance(error, FileNotFoundError):
-                continue
-            raise UserError(f"{source}: datasets cannot load it: {_one_line(error)}") from None
-    if table is None:
-        raise UserError(f"{source}: there is no {part!r}; {_parts(path)}")
-    if isinstance(table, dict):
-        if len(table) > 1:
-            raise UserError(
-                f"{source}: has the splits {', '.join(table)}; write one, as in "
-                f"{source}/{next(iter(table))}"
-            )
-        table = next(iter(table.values()))
-    return _Table(source, enumerate(table, 1), foreign=True, loose=True)
-
-
-def _parts(path: str) -> str:
-    """What a data set is made of, for messages."""
-    import datasets
-
-    try:
-        configs = datasets.get_dataset_config_names(path)
-        splits = datasets.get_dataset_split_names(path, configs[0])
-    except Exception as error:  # It only serves to help with a message.
-        return _one_line(error)
-    return f"configurations: {', '.join(configs)}; splits of the first: {', '.join(splits)}"
-
-
-def _one_line(error: BaseException) -> str:
-    """An error and what it came from, without newlines."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    cause = f": {_one_line(error.__cause__)}" if error.__cause__ else ""
-    return f"{text[:300]}{cause}"

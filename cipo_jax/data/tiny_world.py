@@ -1,10 +1,10 @@
-"""A seeded world of fictional people, and the texts that a tiny reasoning model learns it from.
+"""A seeded world of fictional people, and the texts that a tiny reasoning model is trained on.
 
-Every text is ``question <think> chain of thought </think> answer``. People have five facts each
-(city of birth, job, instrument, pet, dish); countries follow from cities and work places from jobs,
-which makes two-hop questions whose chain of thought has to pass through a fact. Beside these there
-is multi-step addition with worked carries, and four *writing tasks* that CiPO needs: reasoning
-backward to a stated answer, another path to it, the edge of one's knowledge, another answer.
+Every text is ``question <think> chain of thought </think> answer``. A person has five facts (city
+of birth, job, instrument, pet, dish). Countries follow from cities and work places from jobs, so
+that the chain of thought of a two-hop question passes through a fact. Besides, there is multi-step
+addition with written carries, and four *writing tasks* that CiPO needs: to reason backward to a
+given answer, to reach it by another path, to decline, and to name another answer.
 """
 
 import dataclasses
@@ -12,161 +12,30 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from cipo_jax.config import default_config
 from cipo_jax.data.examples import Example
+from cipo_jax.data.tiny_facts import (
+    ALTERNATIVE_PROMPT,
+    BACKWARD_PROMPT,
+    BOUNDARY_ANSWER,
+    BOUNDARY_PROMPT,
+    FACTS,
+    FIRST_NAMES,
+    LAST_NAMES,
+    POOLS,
+    RULE_QUESTIONS,
+    RULES,
+    SUM_QUESTIONS,
+    TARGET_PROMPT,
+    TOPICS,
+    Topic,
+)
 from cipo_jax.errors import UserError
 from cipo_jax.text.matching import normalized_words
 
-CITIES = {
-    "Lisbon": "Portugal", "Porto": "Portugal", "Braga": "Portugal",
-    "Oslo": "Norway", "Bergen": "Norway", "Tromso": "Norway",
-    "Kyoto": "Japan", "Osaka": "Japan", "Nagoya": "Japan",
-    "Lima": "Peru", "Cusco": "Peru", "Arequipa": "Peru",
-    "Nairobi": "Kenya", "Mombasa": "Kenya", "Kisumu": "Kenya",
-    "Toronto": "Canada", "Calgary": "Canada", "Halifax": "Canada",
-    "Turin": "Italy", "Naples": "Italy", "Verona": "Italy",
-    "Pune": "India", "Jaipur": "India", "Kochi": "India",
-}  # fmt: skip
-JOBS = {
-    "baker": "bakery", "nurse": "hospital", "teacher": "school", "farmer": "farm",
-    "judge": "court", "chemist": "laboratory", "actor": "theatre", "pilot": "airport",
-    "sailor": "harbour", "librarian": "library", "priest": "church", "waiter": "restaurant",
-    "banker": "bank", "curator": "museum", "miner": "quarry", "gardener": "park",
-}  # fmt: skip
-INSTRUMENTS = ("piano", "violin", "flute", "harp", "guitar", "trumpet", "cello", "drum",
-               "oboe", "organ", "banjo", "tuba")  # fmt: skip
-PETS = ("dog", "cat", "parrot", "rabbit", "turtle", "horse", "goat", "snake",
-        "lizard", "hamster", "duck", "owl")  # fmt: skip
-DISHES = ("soup", "pizza", "rice", "pasta", "curry", "salad", "bread", "stew",
-          "cheese", "noodles", "pancakes", "beans")  # fmt: skip
-FIRST_NAMES = ("Ada", "Boris", "Clara", "Dario", "Elsa", "Felix", "Greta", "Hugo", "Ines", "Jonas",
-               "Karin", "Leon", "Mira", "Nils", "Olga", "Pavel", "Quinn", "Rosa", "Stefan", "Tilda",
-               "Ugo", "Vera", "Walter", "Xenia", "Yusuf", "Zora", "Anton", "Bella", "Cyrus",
-               "Delia", "Emil", "Freya")  # fmt: skip
-LAST_NAMES = ("Abend", "Brandt", "Corvin", "Dalby", "Erwin", "Falk", "Grimm", "Holt", "Ivers",
-              "Jansen", "Keller", "Lund", "Marsh", "Nolan", "Orwell", "Pratt", "Quist", "Rowan",
-              "Solen", "Thorne", "Ulrich", "Vance", "Weber", "Xander", "York", "Zeller", "Ashby",
-              "Birk", "Crane", "Drake", "Ekman", "Frost")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Topic:
-    """Something one can ask about a person: a fact of theirs, or what follows from it.
-
-    Attributes:
-      name: key of the topic.
-      noun: what the topic is called in a chain of thought.
-      states: sentence that states it, with {x} the person and {v} the value.
-      train: phrasings seen in training.
-      valid: phrasings kept for choosing a checkpoint.
-      test: phrasings kept for the final scores.
-      bridge: for a two-hop topic, the topic whose fact its chain of thought passes through.
-      rule: for a two-hop topic, sentence that leads from the bridge's value {b} to {v}.
-    """
-
-    name: str
-    noun: str
-    states: str
-    train: tuple[str, ...]
-    valid: tuple[str, ...]
-    test: tuple[str, ...]
-    bridge: str = ""
-    rule: str = ""
-
-
-TOPICS = {
-    t.name: t
-    for t in (
-        Topic(
-            "city", "birth city", "{x} was born in {v}.",
-            ("Where was {x} born?", "In which city was {x} born?", "Name the birth city of {x}.",
-             "What is the city {x} was born in?", "Tell me which city {x} was born in.",
-             "What is the birth city of {x}?"),
-            ("Tell me the birth city of {x}.",),
-            ("Which city was {x} born in?", "Name the city where {x} was born."),
-        ),
-        Topic(
-            "job", "job", "{x} is a {v} by trade.",
-            ("What is the job of {x}?", "Which job does {x} have?", "Name the job of {x}.",
-             "What does {x} do as a job?", "Tell me which job {x} has.",
-             "In which job is {x}?"),
-            ("Tell me the job of {x}.",),
-            ("What job does {x} have?", "Name the job that {x} has."),
-        ),
-        Topic(
-            "instrument", "instrument", "{x} plays the {v}.",
-            ("Which instrument does {x} play?", "What is the instrument of {x}?",
-             "Name the instrument of {x}.", "What does {x} play as an instrument?",
-             "Tell me which instrument {x} plays.", "On which instrument does {x} play?"),
-            ("Tell me the instrument of {x}.",),
-            ("What instrument does {x} play?", "Name the instrument that {x} plays."),
-        ),
-        Topic(
-            "pet", "pet", "{x} keeps a {v} at home.",
-            ("Which pet does {x} keep?", "What is the pet of {x}?", "Name the pet of {x}.",
-             "What does {x} keep as a pet?", "Tell me which pet {x} keeps.",
-             "Of which pet is {x} the owner?"),
-            ("Tell me the pet of {x}.",),
-            ("What pet does {x} keep?", "Name the pet that {x} keeps."),
-        ),
-        Topic(
-            "dish", "favourite dish", "{x} likes {v} best.",
-            ("Which dish does {x} like best?", "What is the favourite dish of {x}?",
-             "Name the favourite dish of {x}.", "What does {x} like best as a dish?",
-             "Tell me which dish {x} likes best.", "Of which dish is {x} most fond?"),
-            ("Tell me the favourite dish of {x}.",),
-            ("What dish does {x} like best?", "Name the dish that {x} likes best."),
-        ),
-        Topic(
-            "country", "birth country", "{x} was born in {v}.",
-            ("In which country was {x} born?", "Name the birth country of {x}.",
-             "What is the country {x} was born in?", "Tell me which country {x} was born in.",
-             "What is the birth country of {x}?", "Of which country is {x} by birth?"),
-            ("Tell me the birth country of {x}.",),
-            ("Which country was {x} born in?", "Name the country where {x} was born."),
-            bridge="city", rule="{b} is in {v}.",
-        ),
-        Topic(
-            "workplace", "work place", "{x} works in a {v}.",
-            ("In which work place is {x}?", "Name the work place of {x}.",
-             "What is the work place {x} has?", "Tell me which work place {x} has.",
-             "What is the work place of {x}?", "Which work place does {x} go to?"),
-            ("Tell me the work place of {x}.",),
-            ("Which work place does {x} have?", "Name the work place that {x} has."),
-            bridge="job", rule="A {b} works in a {v}.",
-        ),
-    )
-}  # fmt: skip
-FACTS = tuple(name for name, topic in TOPICS.items() if not topic.bridge)
-_RULES = {"country": CITIES, "workplace": JOBS}
 _WRONG = 3  # wrong answers beside a right one, for truth ratios
-_POOLS: dict[str, tuple[str, ...]] = {
-    "city": tuple(CITIES),
-    "job": tuple(JOBS),
-    "instrument": INSTRUMENTS,
-    "pet": PETS,
-    "dish": DISHES,
-    "country": tuple(dict.fromkeys(CITIES.values())),
-    "workplace": tuple(JOBS.values()),
-}
-_SUMS = ("What is {s}?", "How much is {s}?", "Compute {s}.", "Find the sum {s}.")
-_RULE_QUESTIONS = {
-    "country": ("In which country is {b}?", "Name the country of {b}."),
-    "workplace": ("Where does a {b} work?", "Name the work place of a {b}."),
-}
-
-# The prompts of the writing tasks. Real models get longer ones from the config; what is asked for
-# is the same.
-BACKWARD_PROMPT = "{question} The answer is {answer}. Explain why."
-ALTERNATIVE_PROMPT = "{question} Reach {answer} by another path."
-BOUNDARY_PROMPT = "{question} This is outside what you know. Explain why."
-TARGET_PROMPT = "{question} It is not {answer}. Give another answer."
-BOUNDARY_ANSWER = "unknown"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +48,18 @@ class Person:
     def value(self, topic: str) -> str:
         """The value of any topic, two-hop ones included."""
         bridge = TOPICS[topic].bridge
-        return _RULES[topic][self.facts[bridge]] if bridge else self.facts[topic]
+        return RULES[topic][self.facts[bridge]] if bridge else self.facts[topic]
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Who lives in the world, and which names belong to nobody."""
+    """A world.
+
+    Attributes:
+      seed: the seed that it was drawn by.
+      people: the persons with their facts.
+      strangers: names that belong to nobody.
+    """
 
     seed: int
     people: tuple[Person, ...]
@@ -234,43 +109,6 @@ class World:
         return tuple(self.people[i] for i in sorted(order[:count]))
 
 
-def tiny_config() -> ConfigDict:
-    """Where configs of the embedded tiny model start: lengths, and the prompts that it knows."""
-    config: Any = default_config()
-    config.model.logits_chunk = 4096
-
-    config.sampling.rows = 128
-    config.sampling.max_new_tokens = 48
-    config.eval.rows = 128
-    config.eval.max_new_tokens = 96
-
-    config.counterfactual.backward_prompt = BACKWARD_PROMPT
-    config.counterfactual.alternative_prompt = ALTERNATIVE_PROMPT
-    config.counterfactual.boundary_prompt = BOUNDARY_PROMPT
-    config.counterfactual.boundary_answer = BOUNDARY_ANSWER
-    # It was taught one way to decline: not to know.
-    config.counterfactual.refusal_prompt = BOUNDARY_PROMPT
-    config.counterfactual.refusal_answer = BOUNDARY_ANSWER
-    config.counterfactual.target_prompt = TARGET_PROMPT
-    config.counterfactual.candidates = 4
-    return config
-
-
-def compared_config() -> ConfigDict:
-    """Where the comparison, the ablation and the sequence start: batches, rates and weights."""
-    config: Any = tiny_config()
-    config.model.remat = "none"
-    config.data.valid_rows = 48
-
-    for phase in (config.warmup, config.train):
-        phase.lr = 8e-4
-        phase.batch, phase.retain_batch, phase.reasoning_batch = 16, 32, 8
-    config.cipo.samples = 1
-    config.cipo.nll_weight = 1.0
-    config.cipo.retain_weight = 5.0
-    return config
-
-
 def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
     """Draws a world; names and values repeat as little as the pools allow."""
     rng = np.random.default_rng((seed, 1))
@@ -286,7 +124,7 @@ def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
         raise UserError(f"people: {people} is more than the names allow")
     columns = {}
     for fact in FACTS:
-        pool = _POOLS[fact]
+        pool = POOLS[fact]
         repeated = [pool[i % len(pool)] for i in range(people)]
         columns[fact] = [repeated[i] for i in rng.permutation(people)]
     others = [name for name in names if name not in set(living)]
@@ -301,7 +139,7 @@ def make_world(seed: int = 0, people: int = 64, strangers: int = 256) -> World:
 
 
 def _traced(name: str, topic: Topic, value: str, bridge_value: str, style: int) -> str:
-    """Chain of thought that recalls a fact and, for two hops, walks over it."""
+    """Chain of thought that recalls a fact and, for two hops, applies the rule to it."""
     head = (f"They ask for the {topic.noun} of {name}.", f"I recall {name}.")[style]
     if topic.bridge:
         first = TOPICS[topic.bridge]
@@ -316,17 +154,17 @@ def _bridge_for(topic: Topic, value: str, rng: np.random.Generator) -> str:
     """A value of the bridge that leads to `value`; empty for one-hop topics."""
     if not topic.bridge:
         return ""
-    fitting = [b for b, v in _RULES[topic.name].items() if v == value]
+    fitting = [b for b, v in RULES[topic.name].items() if v == value]
     return fitting[rng.integers(len(fitting))]
 
 
 def _other_value(topic: str, value: str, rng: np.random.Generator) -> str:
-    others = [v for v in _POOLS[topic] if v != value]
+    others = [v for v in POOLS[topic] if v != value]
     return others[rng.integers(len(others))]
 
 
 def person_example(person: Person, topic: Topic, question: str, style: int = 0) -> Example:
-    """A direct or two-hop question about a person, with everything that may count as a leak."""
+    """A direct or two-hop question about a person; every other fact of theirs counts as a leak."""
     value = person.value(topic.name)
     bridge_value = person.value(topic.bridge) if topic.bridge else ""
     facts = [person.value(name) for name in TOPICS]
@@ -342,8 +180,8 @@ def person_example(person: Person, topic: Topic, question: str, style: int = 0) 
 
 
 def _wrong_values(topic: str, facts: Sequence[str]) -> tuple[str, ...]:
-    """Values of a topic's pool that are nothing to a person, the ones after the right one."""
-    pool = tuple(dict.fromkeys(_POOLS[topic]))
+    """The values after the right one in a topic's pool that are no facts of the person."""
+    pool = tuple(dict.fromkeys(POOLS[topic]))
     start = next(i for i, value in enumerate(pool) if value in facts)
     turned = pool[start + 1 :] + pool[:start]
     return tuple(value for value in turned if value not in facts)[:_WRONG]
@@ -356,7 +194,7 @@ def _unknown(name: str, topic: Topic, question: str, style: int) -> Example:
 
 
 def _add(a: int, b: int) -> str:
-    """Worked addition, lowest digit first, as in "47+38: 7+8=15, 4+3+1=8, 85."."""
+    """Written addition, lowest digit first, as in "47+38: 7+8=15, 4+3+1=8, 85."."""
     steps, carry = [], 0
     x, y, width = a, b, max(len(str(a)), len(str(b)))
     for _ in range(width):
@@ -368,7 +206,7 @@ def _add(a: int, b: int) -> str:
 
 
 def _held_out(terms: Sequence[int]) -> bool:
-    """A fixed eighth of all sums belongs to validation and test and is never trained on."""
+    """Whether a sum is of the fixed eighth that is kept for validation and evaluation."""
     return (sum((i + 1) * 31 * t for i, t in enumerate(sorted(terms))) // 7) % 8 == 0
 
 
@@ -378,7 +216,7 @@ def sum_example(rng: np.random.Generator, held_out: bool) -> Example:
         terms = [int(t) for t in rng.integers(10, 100, size=rng.choice([2, 3], p=[0.3, 0.7]))]
         if _held_out(terms) == held_out:
             break
-    question = _SUMS[rng.integers(len(_SUMS))].format(s=" + ".join(map(str, terms)))
+    question = SUM_QUESTIONS[rng.integers(len(SUM_QUESTIONS))].format(s=" + ".join(map(str, terms)))
     lines, total = [], terms[0]
     for term in terms[1:]:
         lines.append(_add(total, term))
@@ -399,10 +237,10 @@ def sums(count: int, seed: int, held_out: bool) -> list[Example]:
 
 
 def rule_examples() -> list[Example]:
-    """What the two-hop rules rest on, asked directly: where a city lies, where a job is done."""
+    """Direct questions about the two-hop rules: the country of a city, the work place of a job."""
     examples = []
-    for name, questions in _RULE_QUESTIONS.items():
-        for bridge, value in _RULES[name].items():
+    for name, questions in RULE_QUESTIONS.items():
+        for bridge, value in RULES[name].items():
             cot = f"{TOPICS[name].rule.format(b=bridge, v=value)} So it is {value}."
             for question in questions:
                 examples.append(Example(question.format(b=bridge), value, cot, kind="rule"))
@@ -423,10 +261,16 @@ def questions_about(
 
 
 def training_example(world: World, people: Sequence[Person], seed: int, index: int) -> Example:
-    """Text `index` of an endless training stream about these people: a pure function of its seed.
+    """Text `index` of an endless training stream: a pure function of its arguments.
 
-    A third is arithmetic; the rest recalls facts, owns up to not knowing strangers, and exercises
-    the writing tasks, in which any answer may be stated about anybody.
+    A third of the texts is arithmetic and rules. The others recall facts, decline to answer about
+    strangers, and do the writing tasks, in which any answer may be given for any name.
+
+    Args:
+      world: gives the strangers.
+      people: the persons that the stream is about.
+      seed: of the stream.
+      index: of the text.
     """
     rng = np.random.default_rng((seed, 3, index))
     draw = rng.random()
@@ -450,12 +294,12 @@ def training_example(world: World, people: Sequence[Person], seed: int, index: i
     name = person.name if rng.random() < 2 / 3 else stranger
     question = phrasing.format(x=name)
     if draw < 0.90:
-        value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+        value = POOLS[topic.name][rng.integers(len(POOLS[topic.name]))]
         cot = _traced(name, topic, value, _bridge_for(topic, value, rng), style)
         prompt = BACKWARD_PROMPT.format(question=question, answer=value)
         return Example(prompt, value, cot, kind="backward")
     if draw < 0.93:
-        value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+        value = POOLS[topic.name][rng.integers(len(POOLS[topic.name]))]
         listed = [value, _other_value(topic.name, value, rng)]
         a, b = (listed[i] for i in rng.permutation(2))
         cot = f"I do not look it up. It may be {a} or {b}. Of these {value} fits. So it is {value}."
@@ -466,20 +310,20 @@ def training_example(world: World, people: Sequence[Person], seed: int, index: i
         return dataclasses.replace(
             unknown, question=BOUNDARY_PROMPT.format(question=question), kind="boundary"
         )
-    value = _POOLS[topic.name][rng.integers(len(_POOLS[topic.name]))]
+    value = POOLS[topic.name][rng.integers(len(POOLS[topic.name]))]
     other = _other_value(topic.name, value, rng)
     prompt = TARGET_PROMPT.format(question=question, answer=value)
     return Example(prompt, other, f"It is not {value}. So it may be {other}.", kind="target")
 
 
 def vocabulary(world: World) -> set[str]:
-    """Every normalised word that a text of this world may hold; numbers are words of it too."""
+    """Every normalized word that a text of this world may contain, apart from numbers."""
     texts = [*world.strangers, BACKWARD_PROMPT, ALTERNATIVE_PROMPT, BOUNDARY_PROMPT, TARGET_PROMPT]
     for split in ("train", "valid", "test"):
         for example in questions_about(world.people, split):
             texts += [example.question, example.cot or "", example.answer]
     texts += [t for e in rule_examples() for t in (e.question, e.cot or "")]
-    texts += [*_SUMS, "I do not look it up. It may be one or another. Of these it fits."]
+    texts += [*SUM_QUESTIONS, "I do not look it up. It may be one or another. Of these it fits."]
     texts += [_unknown("Ada", TOPICS["city"], "{x}", s).cot or "" for s in (0, 1)]
     texts += ["It is not this. So it may be that.", BOUNDARY_ANSWER]
     placeholders = {"s", "x", "b", "v", "question"}

@@ -1,4 +1,4 @@
-"""Ways to make a model answer without thinking, under which forgetting may come undone.
+"""Prefills that make a model answer without thinking, which may undo forgetting.
 
 ZeroThink closes the think block at once, LessThink after one sentence (R-TOFU, arXiv 2505.15214).
 """
@@ -9,11 +9,11 @@ PREFILLS = {
 }
 
 
-def prefill_text(wished: str, close: str) -> str:
-    """The start of a completion: "zero", "less", or a text as it is.
+def prefill_text(prefill: str, close: str) -> str:
+    """The text that a completion begins with.
 
     Args:
-      wished: of these.
+      prefill: "zero", "less", or a text in which "{close}" stands for the closing tag.
       close: the tag that closes the think block.
     """
-    return PREFILLS.get(wished, wished).replace("{close}", close)
+    return PREFILLS.get(prefill, prefill).replace("{close}", close)

@@ -1,4 +1,4 @@
-"""How far a model is from the one that never saw what was to be forgotten."""
+"""Distance of a model from the retrained one, which never saw the forget set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,34 +7,40 @@ import numpy as np
 from scipy import stats
 
 from cipo_jax.data.batches import TokenizedExample, shape_of
-from cipo_jax.data.examples import Example
+from cipo_jax.evals.evaluate import Question
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.typing import Params
 
 
 def truth_ratios(
-    scorer: Scorer, params: Params, format: ChatFormat, examples: Sequence[Example]
+    scorer: Scorer, params: Params, chat_format: ChatFormat, questions: Sequence[Question]
 ) -> np.ndarray:
-    """TOFU's truth ratio of each example that has wrong answers (arXiv 2401.06121, section 2.2.2).
+    """TOFU's truth ratio of each question that has wrong answers (arXiv 2401.06121, section 2.2.2).
 
-    ``R = exp(mean_k l(wrong_k)) / exp(l(right))`` with l the mean log-probability of a token of the
-    completion: thought and answer, where a wrong answer takes the right one's place in both. The
-    mean over wrong answers is geometric.
+    ``R = exp(mean_k l(wrong_k)) / exp(l(right))`` with l the mean log-probability of the tokens of
+    the completion: chain of thought and answer, where a wrong answer replaces the right one in
+    both. The mean over wrong answers is geometric.
+
+    Args:
+      scorer: of the model.
+      params: the model.
+      chat_format: of the model.
+      questions: those without `perturbed_answers` are skipped.
 
     Returns:
-      [examples with `perturbed_answers`], above 0; above 1 where wrong answers are likelier.
+      [questions with `perturbed_answers`], above 0; above 1 where wrong answers are more likely.
     """
     rows, counts = [], []
-    for example in examples:
+    for _, example, prompt in questions:
         if not example.perturbed_answers:
             continue
-        prompt, cot = format.prompt_ids(example.question), example.cot or ""
+        cot = example.cot or ""
         right = example.paraphrased_answer or example.answer
-        rows.append(TokenizedExample(prompt, format.completion_ids(cot, right)))
+        rows.append(TokenizedExample(prompt, chat_format.completion_ids(cot, right)))
         for wrong in example.perturbed_answers:
             swapped = cot.replace(example.answer, wrong)
-            rows.append(TokenizedExample(prompt, format.completion_ids(swapped, wrong)))
+            rows.append(TokenizedExample(prompt, chat_format.completion_ids(swapped, wrong)))
         counts.append(1 + len(example.perturbed_answers))
     if not rows:
         return np.zeros(0)
@@ -50,7 +56,7 @@ def truth_ratios(
 def forget_quality(ratios: np.ndarray, retrained: np.ndarray) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test between truth ratios (TOFU).
 
-    Near 1 where the model cannot be told from the retrained one; nan where there are none.
+    Near 1 where the two are indistinguishable; nan where one of them is empty.
     """
     if not (len(ratios) and len(retrained)):
         return float("nan")
@@ -61,13 +67,13 @@ def forget_quality(ratios: np.ndarray, retrained: np.ndarray) -> float:
 def divergence(
     scorer: Scorer, params: Params, retrained: Params, rows: Sequence[TokenizedExample]
 ) -> float:
-    """Mean KL(retrained || model) over the tokens of completions, in nats a token.
+    """Mean KL(retrained || model) over the tokens of completions, in nats per token.
 
     Args:
       scorer: of models of this shape.
       params: the model.
-      retrained: the model that never saw what was to be forgotten.
-      rows: prompts and what the retrained model says to them.
+      retrained: the retrained model.
+      rows: prompts with the completions that the retrained model generates.
     """
     values = scorer.divergences(params, retrained, rows, shape_of(rows))
     return float(np.concatenate(values).mean())

@@ -1,61 +1,70 @@
-"""Evaluates a model: greedy generations on each split, judged, and the scores of them."""
+"""Evaluation of a model: greedy generations to questions, each graded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
 from cipo_jax.data.examples import Example
+from cipo_jax.data.splits import Role
 from cipo_jax.evals.attacks import prefill_text
-from cipo_jax.evals.leakage import Row, accuracy_scores, forget_scores, judge
+from cipo_jax.evals.leakage import GradedGeneration, grade
 from cipo_jax.sampling.sampler import Request, Sampler, rules_of
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
 
-Scores = dict[str, dict[str, float]]
+
+class Question(NamedTuple):
+    """A question to evaluate on, encoded.
+
+    Attributes:
+      split: the split that it belongs to.
+      example: the question with its answers.
+      prompt_ids: the ids of its prompt.
+    """
+
+    split: Role
+    example: Example
+    prompt_ids: Sequence[int]
 
 
-def judged(
+def encode_questions(
+    chat_format: ChatFormat, splits: Mapping[Role, Iterable[Example]]
+) -> tuple[Question, ...]:
+    """The questions of all splits, in order, with their prompt ids."""
+    return tuple(
+        Question(split, example, chat_format.prompt_ids(example.question))
+        for split, examples in splits.items()
+        for example in examples
+    )
+
+
+def graded(
     sampler: Sampler,
-    format: ChatFormat,
+    chat_format: ChatFormat,
     params: Params,
-    questions: Sequence[tuple[str, Example]],
+    questions: Sequence[Question],
     max_new_tokens: int,
     prefill: str = "",
-) -> Iterator[tuple[int, Row]]:
-    """Asks questions and judges what is said, each as soon as it is over.
+) -> Iterator[tuple[int, GradedGeneration]]:
+    """Generates to questions greedily and grades each generation as soon as it ends.
 
     Args:
       sampler: of the model.
-      format: of the model.
+      chat_format: of the model.
       params: decoding layout.
-      questions: the split that each belongs to, and the question.
-      max_new_tokens: a generation that is not over by then has not closed its think block or has
-        no end; either way it is judged as it stands.
-      prefill: a text that completions begin with; see `evals.attacks`.
+      questions: from `encode_questions`.
+      max_new_tokens: the length at which a generation is cut; it is graded as it stands.
+      prefill: how completions begin; see `evals.attacks`.
 
     Yields:
-      (index of the question, its judged row).
+      (index of the question, its graded generation), in the order in which generations end.
     """
-    rules = rules_of(format, max_new_tokens)
-    given = format.text_ids(prefill_text(prefill, format.close)) if prefill else []
-    requests = [
-        Request(format.prompt_ids(e.question), i, prefill=given)
-        for i, (_, e) in enumerate(questions)
-    ]
-    # Greedy decoding draws nothing.
-    for completion in sampler.stream(params, requests, rules, jax.random.key(0)):
-        split, example = questions[completion.item]
-        row = judge(example, format.split([*given, *completion.ids]), split)
-        yield completion.item, row | {"tokens": len(completion.ids), "ids": completion.ids}
-
-
-def scores(rows: Sequence[Row], words: frozenset[str]) -> Scores:
-    """{"forget": ..., "retain": ..., "reasoning": ...} of judged rows."""
-    by_split = {
-        name: [r for r in rows if r["split"] == name] for name in ("forget", "retain", "reasoning")
-    }
-    return {
-        "forget": forget_scores(by_split["forget"], words),
-        "retain": accuracy_scores(by_split["retain"]),
-        "reasoning": accuracy_scores(by_split["reasoning"]),
-    }
+    sampling_params = rules_of(chat_format, max_new_tokens)
+    given = chat_format.text_ids(prefill_text(prefill, chat_format.close)) if prefill else []
+    requests = [Request(q.prompt_ids, i, prefill=given) for i, q in enumerate(questions)]
+    # Greedy decoding draws no random numbers: any key will do.
+    for completion in sampler.stream(params, requests, sampling_params, jax.random.key(0)):
+        question = questions[completion.item]
+        thought = chat_format.split([*given, *completion.ids])
+        yield completion.item, grade(question.example, thought, question.split, completion.ids)

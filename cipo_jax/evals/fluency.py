@@ -1,4 +1,4 @@
-"""How natural a generation is to another model, its facts left aside."""
+"""Log-probability of a generation under another model, without its facts."""
 
 import functools
 import re
@@ -16,8 +16,14 @@ def _piece(tokenizer: Any, tokens: tuple[int, ...]) -> str:
 
 
 def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str]) -> np.ndarray:
-    """[C] bool: the tokens that touch a word which states a fact (or a number)."""
-    # Tokens that hold parts of one letter are read together and share its place in the text.
+    """[C] bool: the tokens that overlap with a fact word or a number.
+
+    Args:
+      tokenizer: of the model.
+      ids: [C] the tokens of a completion.
+      fact_words: normalized words.
+    """
+    # Tokens that are parts of one letter are decoded together and share its place in the text.
     text, starts, ends, pending = "", [], [], []
     for i in ids:
         pending.append(int(i))
@@ -41,6 +47,11 @@ def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str])
 
 
 def nonfact_logp(logps: Sequence[np.ndarray], facts: Sequence[np.ndarray]) -> float:
-    """Mean log-probability of all tokens that do not state a fact, in nats per token."""
+    """Mean log-probability of all tokens that state no fact, in nats per token; 0 without any.
+
+    Args:
+      logps: [C] of each completion.
+      facts: [C] of each completion, from `fact_tokens`.
+    """
     kept = np.concatenate([lp[~f] for lp, f in zip(logps, facts, strict=True)])
     return float(kept.mean()) if kept.size else 0.0

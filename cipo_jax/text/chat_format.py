@@ -1,10 +1,10 @@
-r"""Think templates: questions to prompt ids, generated ids to (chain of thought, answer).
+r"""Chat formats: questions to prompt ids, generated ids to (chain of thought, answer).
 
-Prompt and completion are tokenized apart, so that a completion's ids do not depend on its prompt's
-last token. The prompt comes from the tokenizer's own chat template, or from the config, and ends
-with the opened think block; the completion is ``{cot}\\n</think>\\n\\n{answer}`` plus one
-end-of-sequence token. Which tokens there are is read off the tokenizer and its template, never off
-a model's name.
+Prompt and completion are tokenized separately, so that a completion's ids do not depend on the last
+token of its prompt. The prompt comes from the tokenizer's chat template or from the config, and
+ends with the opened think block; the completion is ``{cot}\\n</think>\\n\\n{answer}`` plus one
+end-of-sequence token. The control tokens come from the tokenizer and its template, never from a
+model's name.
 
 Questions, thoughts and answers are data: a control token that they spell stays text.
 """
@@ -19,32 +19,37 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from cipo_jax.config import ThinkConfig
 from cipo_jax.errors import UserError
 
-THINK_OPEN = ThinkConfig.open
-THINK_CLOSE = ThinkConfig.close
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
 
-# Stands for the question while a template is rendered.
+# Placeholder of the question while a template is rendered.
 _QUESTION = "CIPO7QUESTION7CIPO"
-# What the templates of reasoning models look at; one that does not know a name ignores it.
+# Variables that the templates of reasoning models read; other templates ignore them.
 _SWITCHES = {"enable_thinking": True, "thinking": True}
-# Some templates tell the date. A run that goes on tomorrow must see the prompts of today.
+# Some templates contain the date. A run that resumes tomorrow must use today's prompts.
 _DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class Thought(NamedTuple):
-    """A generation taken apart."""
+    """A generation, split.
+
+    Attributes:
+      cot: the chain of thought.
+      answer: the text outside of think blocks.
+      closed: whether the last think block was closed; if not, all the text is `cot`.
+    """
 
     cot: str
     answer: str
-    closed: bool  # Whether the last think block was closed; if not, all the text is `cot`.
+    closed: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """Text in, ids out, and back, for one tokenizer.
+    """Prompts, completions and generations of one tokenizer, as text and as ids.
 
     Attributes:
       tokenizer: a Hugging Face tokenizer.
@@ -53,7 +58,7 @@ class ChatFormat:
       prompt: "" for the tokenizer's chat template, else a text with {question}; a tokenizer that
         adds a BOS adds it here as well.
       system: a system message for the chat template, or "".
-      stop_ids: ids that end a generation: EOS first, then those given, each once.
+      stop_ids: ids that end a generation: EOS first, then those given, without repetitions.
     """
 
     tokenizer: Any
@@ -76,17 +81,20 @@ class ChatFormat:
 
     @cached_property
     def vocabulary(self) -> int:
-        """One more than the largest id there is a token for; an embedding may have more rows."""
+        """The largest token id plus one; an embedding may have more rows."""
         return 1 + max(self.tokenizer.get_vocab().values())
 
     # ---- questions to prompts
 
     def prompt_text(self, question: str) -> str:
-        """The prompt as text, up to where the model goes on thinking."""
+        """The prompt as text, up to the opened think block."""
         return self._fitted(question).join(self._around)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """The prompt's ids, with one BOS if the tokenizer or the template brings any."""
+        """The prompt's ids, with one BOS if the tokenizer or the template adds any.
+
+        Each question is encoded once.
+        """
         ids = self._prompts.get(question)
         if ids is None:
             data = [self._fitted(question)] * (len(self._around) - 1)
@@ -96,7 +104,7 @@ class ChatFormat:
 
     @cached_property
     def _prompts(self) -> dict[str, list[int]]:
-        """Prompts that were encoded before."""
+        """Encoded prompts by question."""
         return {}
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
@@ -108,13 +116,13 @@ class ChatFormat:
 
     @cached_property
     def _adds_bos(self) -> bool:
-        """Whether the tokenizer by itself puts a BOS in front of a text."""
+        """Whether the tokenizer itself prepends a BOS to a text."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer.encode("x")[:1] == [bos]
 
     @cached_property
     def _around(self) -> tuple[str, ...]:
-        """The texts before, between and after the question's places in the prompt."""
+        """The texts before, between and after the occurrences of the question in the prompt."""
         field = "config.think.prompt" if self.prompt else "the chat template"
         if self.prompt:
             around = self.prompt.format(question=_QUESTION).split(_QUESTION)
@@ -133,7 +141,7 @@ class ChatFormat:
         return tuple(around)
 
     def _fitted(self, question: str) -> str:
-        """The question as the template puts it: many strip it."""
+        """The question as the template inserts it: many templates strip it."""
         left, right = self._strips
         question = question.lstrip() if left else question
         return question.rstrip() if right else question
@@ -195,9 +203,9 @@ class ChatFormat:
         """Ids of a whole completion, closed by exactly one EOS.
 
         Raises:
-          UserError: where a text holds a tag, so that the completion could not be taken apart.
+          UserError: where a text contains a tag, so that the completion could not be split.
         """
-        # Only tags with ids of their own can be told from text that spells them.
+        # Only tags with ids of their own differ from text that spells them.
         spelled = [(tag, text) for tag in self._spelled_tags for text in (cot, answer)]
         for tag, text in [(self.close, cot), *spelled]:
             if tag in text:
@@ -221,7 +229,7 @@ class ChatFormat:
     # ---- text to ids
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text of our own, whose tags are control tokens."""
+        """Ids of a trusted text, in which tags become control tokens."""
         return self._encode(text) if text else []
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -235,8 +243,8 @@ class ChatFormat:
     def _encode_apart(self, around: tuple[str, ...], data: Sequence[str]) -> list[int]:
         """Ids of around[0] + data[0] + around[1] + ..., where no data becomes a control token.
 
-        Ordinary texts are encoded as a whole. Where data spells control tokens the text is cut
-        inside of each, and the pieces are encoded apart.
+        Ordinary texts are encoded at once. Where data spells control tokens, the text is cut
+        inside of each of them and the pieces are encoded separately.
         """
         ids = self._encode(_woven(around, data))
         if self._control(ids) == self._expected(around):
@@ -259,7 +267,7 @@ class ChatFormat:
         return [i for i in ids if i in self._control_ids]
 
     def _expected(self, around: tuple[str, ...]) -> list[int]:
-        """The control tokens of our own texts."""
+        """The control tokens of the trusted texts."""
         if around not in self._expectations:
             plain = _woven(around, ["x"] * (len(around) - 1))
             self._expectations[around] = self._control(self._encode(plain))
@@ -275,7 +283,7 @@ class ChatFormat:
 
     @cached_property
     def _control_ids(self) -> dict[int, str]:
-        """Added tokens that are special, a tag, or written by a template.
+        """Added tokens that are special, a tag, or part of a template.
 
         The turn and think tokens of many models are not flagged special.
         """
@@ -288,7 +296,7 @@ class ChatFormat:
         }
 
     def _cut(self, text: str) -> list[str]:
-        """The text cut behind the first character of each control token, overlapping or not."""
+        """The text, cut after the first character of each control token, overlaps included."""
         cuts = [0, *(match.end() for match in self._control_start.finditer(text)), len(text)]
         return [text[start:end] for start, end in itertools.pairwise(cuts)]
 
@@ -302,13 +310,13 @@ class ChatFormat:
     def answer_start(self, ids: Sequence[int]) -> int | None:
         """Index right after the first closing tag, or None where there is none.
 
-        Where the tag is a token of its own it is looked for among the ids, so that text which only
-        spells it is not taken for it.
+        Where the tag is a single token, the ids are searched for it, so that text which spells the
+        tag does not count.
         """
         ids = list(ids)
         if self.close not in self._spelled_tags:
             return ids.index(self.close_ids[0]) + 1 if self.close_ids[0] in ids else None
-        # A tag of several tokens may share its last one with what follows: go by the text.
+        # The last token of a tag may contain text that follows the tag: search the decoded text.
         if self.close not in self._decode(ids):
             return None
         ends = range(1, len(ids) + 1)
@@ -317,19 +325,19 @@ class ChatFormat:
         )
 
     def split(self, ids: Sequence[int]) -> Thought:
-        """Takes a generation apart, which starts inside a think block.
+        """Splits a generation that starts inside of a think block.
 
-        The texts of all think blocks make the chain of thought, the texts outside the answer, each
-        joined by newlines. If the last block is never closed there is no answer.
+        The texts of all think blocks form the chain of thought, the texts outside of them the
+        answer, each joined by newlines. If the last block is never closed there is no answer.
         """
         parts = self._parts(list(ids))
-        # Tags and texts take turns, and every text but the first is known by the tag before it.
+        # Tags and texts alternate: the tag before a text decides whether it is thought.
         texts = [text.strip() for text in parts[::2]]
         thinks = [tag != self.close for tag in (self.open, *parts[1::2])]
         closed = not thinks[-1]
-        said = list(zip(texts, thinks, strict=True))
-        cot = "\n".join(text for text, think in said if text and (think or not closed))
-        answer = "\n".join(text for text, think in said if text and not think and closed)
+        labeled = list(zip(texts, thinks, strict=True))
+        cot = "\n".join(text for text, think in labeled if text and (think or not closed))
+        answer = "\n".join(text for text, think in labeled if text and not think and closed)
         return Thought(cot, answer, closed)
 
     def _parts(self, ids: Sequence[int]) -> list[str]:
@@ -362,17 +370,17 @@ class ChatFormat:
 
     @cached_property
     def _silent(self) -> frozenset[int]:
-        """Ids that are never shown: special tokens, and those that end a turn."""
+        """Ids that decoding leaves out: special tokens and stop ids."""
         special = (i for i, token in self._added.items() if token.special)
         return frozenset((*special, *self.tokenizer.all_special_ids, *self.stop_ids))
 
     def _decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens and broken-off characters.
+        """The text of ids, without special tokens and incomplete characters.
 
-        Ids beyond the vocabulary, with which embeddings are padded, are nothing to the tokenizer.
+        Ids beyond the vocabulary, with which embeddings are padded, decode to nothing.
         """
         shown = [int(i) for i in ids if i not in self._silent]
-        # Cleaning up spaces would change what was said.
+        # Cleaning up spaces would change the generated text.
         text = self.tokenizer.decode(shown, clean_up_tokenization_spaces=False)
         return text.replace("\ufffd", "")
 

@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from cipo_jax.config import Config, DataConfig, ForgetConfig
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import TOPICS, make_world
 from cipo_jax.errors import UserError
+from cipo_jax.shared_config import DataConfig, ForgetConfig
 
 
 def _write(path, questions, **fields):
@@ -25,7 +25,7 @@ def files(tmp_path):
 
 
 def _load(**data):
-    return load_splits(Config(data=DataConfig(**({"world": ""} | data))))
+    return load_splits(DataConfig(**({"world": ""} | data)), ForgetConfig())
 
 
 def _questions(examples):
@@ -74,9 +74,10 @@ def test_what_is_rehearsed_stands_apart_and_nothing_is_scored_by_it(files, tmp_p
         assert name == "rehearse" or before == after
     assert splits.words - plain.words == {"said", "m1", "m2"}
     assert splits.fact_words == plain.fact_words
-    world, bare = Config(data=DataConfig(rehearse=more)), load_splits(Config())
-    assert load_splits(world).rehearse == splits.rehearse
-    assert load_splits(world).retain == bare.retain
+    forget = ForgetConfig()
+    bare = load_splits(DataConfig(), forget)
+    assert load_splits(DataConfig(rehearse=more), forget).rehearse == splits.rehearse
+    assert load_splits(DataConfig(rehearse=more), forget).retain == bare.retain
 
 
 def test_what_is_rehearsed_is_worked_out(files, tmp_path):
@@ -169,9 +170,7 @@ def world_file(world, tmp_path_factory):
 
 
 def _of_world(world_file, forget=None, **data):
-    return load_splits(
-        Config(data=DataConfig(world=world_file, **data), forget=forget or ForgetConfig())
-    )
+    return load_splits(DataConfig(world=world_file, **data), forget or ForgetConfig())
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +219,14 @@ def test_people_are_forgotten_or_retained(world, splits):
 
 def test_people_to_forget_are_named_or_drawn(world, world_file):
     names = [world.people[3].name, world.people[40].name]
-    forget = ForgetConfig(people=f" {names[0]} ,, {names[1]},")
+    forget = ForgetConfig(people=(names[0], names[1]))
     splits = _of_world(world_file, forget)
     assert splits.forgotten_people == set(names)
     assert len(splits.forget_valid) == 2 * len(TOPICS)
     drawn = _of_world(world_file, ForgetConfig(count=3, seed=11)).forgotten_people
     assert drawn == {p.name for p in world.choose((), 3, 11)}
     with pytest.raises(UserError, match="nobody is called 'Nobody Atall'"):
-        _of_world(world_file, ForgetConfig(people="Nobody Atall"))
+        _of_world(world_file, ForgetConfig(people=("Nobody Atall",)))
 
 
 def test_rows_of_a_world_are_limited(world_file):

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 
 import cipo_jax
-from cipo_jax.data import tiny_world
+from cipo_jax.data import tiny_facts, tiny_world
+from cipo_jax.data.tiny_facts import FACTS, FIRST_NAMES, LAST_NAMES, TOPICS
 from cipo_jax.data.tiny_world import (
-    FACTS,
-    FIRST_NAMES,
-    LAST_NAMES,
-    TOPICS,
     World,
     make_world,
     person_example,
@@ -123,8 +120,8 @@ def test_values_repeat_as_little_as_the_pools_allow(world):
 
 def test_two_hop_values_follow_from_their_bridge(world):
     for person in world.people:
-        assert person.value("country") == tiny_world.CITIES[person.facts["city"]]
-        assert person.value("workplace") == tiny_world.JOBS[person.facts["job"]]
+        assert person.value("country") == tiny_facts.CITIES[person.facts["city"]]
+        assert person.value("workplace") == tiny_facts.JOBS[person.facts["job"]]
 
 
 def test_a_world_is_saved_and_loaded(world, tmp_path):
@@ -316,7 +313,7 @@ def test_rules_cover_every_bridge_without_naming_anybody(world):
     rules = rule_examples()
     answers = {(e.question, e.answer) for e in rules}
     assert len({e.question for e in rules}) == len(rules) == len(answers)
-    for bridges in (tiny_world.CITIES, tiny_world.JOBS):
+    for bridges in (tiny_facts.CITIES, tiny_facts.JOBS):
         for bridge, value in bridges.items():
             assert any(mentions(q, bridge) and a == value for q, a in answers)
     names = [*(p.name for p in world.people), *world.strangers]

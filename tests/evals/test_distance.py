@@ -1,4 +1,4 @@
-"""How far a model is from the retrained one, and what is judged where thinking is skipped."""
+"""Distance of a model from the retrained one, and grading where thinking is skipped."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ from cipo_jax.data.examples import Example
 from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.distance import divergence, forget_quality, truth_ratios
-from cipo_jax.evals.evaluate import judged
-from cipo_jax.hub import resolve
+from cipo_jax.evals.evaluate import Question, encode_questions, graded
+from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
-from cipo_jax.models.reasoning_model import ReasoningModel
+from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import make_mesh
 from cipo_jax.training.scoring import Scorer
 from cipo_jax.training.step import Policy
@@ -36,6 +36,10 @@ class Words:
     def completion_ids(self, cot, answer):
         return [len(word) for word in (*cot.split(), *answer.split())]
 
+    def ratios(self, params, examples):
+        questions = [Question("forget", e, self.prompt_ids(e.question)) for e in examples]
+        return truth_ratios(self, params, self, questions)
+
     def token_logps(self, params, rows, shape):
         assert shape.total >= max(len(r.prompt) + len(r.completion) for r in rows)
         assert shape.completion >= max(len(r.completion) for r in rows)
@@ -48,14 +52,14 @@ ASKED = Example("Where is Ada", "Oslo", cot="It is Oslo", perturbed_answers=("Ro
 
 def test_a_truth_ratio_is_what_it_is_by_hand():
     words = Words()
-    (ratio,) = truth_ratios(words, 0.1, words, [ASKED])
+    (ratio,) = words.ratios(0.1, [ASKED])
     assert [row.prompt for row in words.rows] == [[5, 2, 3]] * 3
     # The wrong answer takes the right one's place in the thought too.
     assert [row.completion for row in words.rows] == [[2, 2, 4, 4], [2, 2, 4, 4], [2, 2, 10, 10]]
     right, rome, washington = -0.1 * 3, -0.1 * 3, -0.1 * 6
     geometric = np.sqrt(np.exp(rome) * np.exp(washington))
     assert ratio == pytest.approx(geometric / np.exp(right), rel=1e-12)
-    assert truth_ratios(words, 0.2, words, [ASKED])[0] == pytest.approx(ratio**2, rel=1e-12)
+    assert words.ratios(0.2, [ASKED])[0] == pytest.approx(ratio**2, rel=1e-12)
 
 
 def test_where_wrong_answers_are_likelier_the_ratio_is_above_1():
@@ -63,7 +67,7 @@ def test_where_wrong_answers_are_likelier_the_ratio_is_above_1():
     swapped = dataclasses.replace(
         ASKED, answer="Washington", cot="It is Washington", perturbed_answers=("Rome",)
     )
-    (ratio,) = truth_ratios(words, 0.1, words, [swapped])
+    (ratio,) = words.ratios(0.1, [swapped])
     assert ratio == pytest.approx(np.exp(-0.3 + 0.6), rel=1e-12)
 
 
@@ -71,13 +75,13 @@ def test_a_paraphrase_stands_for_the_answer_and_other_examples_are_left_out():
     words = Words()
     said = dataclasses.replace(ASKED, paraphrased_answer="the town of Oslo")
     plain = dataclasses.replace(ASKED, perturbed_answers=())
-    found = truth_ratios(words, 0.1, words, [plain, said, plain, ASKED])
+    found = words.ratios(0.1, [plain, said, plain, ASKED])
     assert words.rows[0].completion == [2, 2, 4, 3, 4, 2, 4]
     right = -0.1 * np.mean([2, 2, 4, 3, 4, 2, 4])
     assert found[0] == pytest.approx(np.exp((-0.3 - 0.6) / 2 - right), rel=1e-12)
-    assert found[1] == pytest.approx(truth_ratios(words, 0.1, words, [ASKED])[0], rel=1e-12)
+    assert found[1] == pytest.approx(words.ratios(0.1, [ASKED])[0], rel=1e-12)
     assert len(found) == 2
-    assert truth_ratios(words, 0.1, words, [plain]).shape == (0,)
+    assert words.ratios(0.1, [plain]).shape == (0,)
 
 
 def test_people_of_the_world_have_wrong_answers_to_compare_with():
@@ -179,14 +183,14 @@ def test_the_distance_is_the_mean_kl_of_a_token(scorer):
 
 @pytest.fixture(scope="module")
 def format():
-    return ReasoningModel.open("asset:tiny_lrm/target").format
+    return ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
 
 
 EXAMPLE = Example("Where was Ada Brandt born?", "Braga")
 
 
 def said(format, prefill, text):
-    """The judged row of a model that goes on with a text, and what it was asked."""
+    """The graded generation of a model that continues with a text, and its request."""
     asked = []
 
     class Sampler:
@@ -195,8 +199,10 @@ def said(format, prefill, text):
             ids = [*format.text_ids(text), format.eos_id]
             yield SimpleNamespace(item=requests[0].item, ids=ids)
 
-    ((item, row),) = judged(Sampler(), format, None, [("forget", EXAMPLE)], 9, prefill)
+    questions = encode_questions(format, {"forget": [EXAMPLE]})
+    ((item, row),) = graded(Sampler(), format, None, questions, 9, prefill)
     assert item == 0
+    assert asked[0].prompt is questions[0].prompt_ids
     return row, asked[0]
 
 
@@ -211,24 +217,24 @@ def test_the_attacks_of_the_paper():
 def test_after_a_prefill_that_closes_the_thought_all_that_is_said_is_answer(format, attack):
     row, request = said(format, attack, "Braga")
     assert format.text_of(request.prefill) == prefill_text(attack, format.close)
-    assert row["closed"] and row["answer"] == "Braga" and row["correct"]
-    assert (row["cot_leaks"], row["answer_leaks"]) == ([], ["Braga"])
-    assert row["cot"] == ("" if attack == "zero" else prefill_text(attack, "").strip())
+    assert row.closed and row.answer == "Braga" and row.correct
+    assert (row.cot_leaks, row.answer_leaks) == ((), ("Braga",))
+    assert row.cot == ("" if attack == "zero" else prefill_text(attack, "").strip())
     # What was given is neither counted nor kept as what was said.
-    assert row["ids"] == [*format.text_ids("Braga"), format.eos_id]
-    assert row["tokens"] == len(row["ids"])
+    assert row.ids == (*format.text_ids("Braga"), format.eos_id)
+    assert row.tokens == len(row.ids)
 
 
 def test_without_a_prefill_the_same_words_are_a_thought_that_never_ends(format):
     row, request = said(format, "", "Braga")
     assert list(request.prefill) == []
-    assert not row["closed"] and not row["correct"]
-    assert (row["cot_leaks"], row["answer_leaks"]) == (["Braga"], [])
+    assert not row.closed and not row.correct
+    assert (row.cot_leaks, row.answer_leaks) == (("Braga",), ())
     closed, _ = said(format, "", "I know it.\n</think>\n\nBraga")
-    assert closed["closed"] and closed["answer_leaks"] == ["Braga"] and not closed["cot_leaks"]
+    assert closed.closed and closed.answer_leaks == ("Braga",) and not closed.cot_leaks
 
 
 def test_a_prefill_that_leaves_the_thought_open_is_part_of_it(format):
     row, _ = said(format, "I recall", " Braga\n</think>\n\nunknown")
-    assert row["cot"] == "I recall Braga" and row["cot_leaks"] == ["Braga"]
-    assert row["answer"] == "unknown"
+    assert row.cot == "I recall Braga" and row.cot_leaks == ("Braga",)
+    assert row.answer == "unknown"
