@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_batch import generate
 
 from cipo_jax.config import Config, PretrainConfig, parse
 from cipo_jax.data.batches import CompletionBatch
@@ -16,7 +17,7 @@ from cipo_jax.models.decoder import abstract_params, decoding_layout
 from cipo_jax.models.hf_config import decoder_config
 from cipo_jax.models.lora import abstract_adapters, assemble, lora_of
 from cipo_jax.models.reasoning_model import compute_of
-from cipo_jax.sampling.decode import SamplingParams, generate
+from cipo_jax.sampling import SamplingParams
 from cipo_jax.training.mesh import abstract_on, decoding_shardings, make_mesh
 from cipo_jax.training.optimizer import make_optimizer
 from cipo_jax.training.step import Policy, Trainer

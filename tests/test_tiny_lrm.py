@@ -8,8 +8,7 @@ from cipo_jax.evals.leakage import judge, share
 from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import Compute
 from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.sampling.decode import SamplingParams
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
 from cipo_jax.text.matching import mentions
 from cipo_jax.training.mesh import make_mesh
 
@@ -28,12 +27,13 @@ def ask():
     def ask(name, examples):
         if name not in loaded:
             model = ReasoningModel.open(f"asset:tiny_lrm/{name}")
-            sampler = Sampler(model.config, Compute(), mesh, rows=128)
+            sampler = Sampler(model.config, Compute(), mesh, max_batch_size=128)
             loaded[name] = model, sampler, sampler.prepare(model.load_params())
         model, sampler, params = loaded[name]
         requests = [Request(model.format.prompt_ids(e.question), i) for i, e in enumerate(examples)]
-        rules = SamplingParams(96, (model.format.eos_id,))
-        rows = sampler.sample(params, requests, rules, jax.random.key(0))
+        sampling_params = SamplingParams(96, (model.format.eos_id,))
+        job = SamplingJob(requests, sampling_params, jax.random.key(0))
+        rows = sampler.sample(params, job)
         return [
             judge(example, model.format.split(completion.ids), "test")
             for example, (completion,) in zip(examples, rows, strict=True)

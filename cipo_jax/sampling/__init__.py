@@ -1,6 +1,7 @@
-"""Sampling of long chains of thought: `Sampler`, and what it takes and gives."""
+"""Sampling of long chains of thought: `Sampler`, its input and its output."""
 
-from cipo_jax.sampling.decode import SamplingParams
-from cipo_jax.sampling.sampler import Completion, Request, Sampler, rules_of
+from cipo_jax.sampling.job import Completion, Request, SamplingJob
+from cipo_jax.sampling.params import SamplingParams
+from cipo_jax.sampling.sampler import Sampler
 
-__all__ = ["Completion", "Request", "Sampler", "SamplingParams", "rules_of"]
+__all__ = ["Completion", "Request", "Sampler", "SamplingJob", "SamplingParams"]

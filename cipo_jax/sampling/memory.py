@@ -12,31 +12,31 @@ from jax.sharding import Mesh
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.schedule import PREFILL_TOKENS, prompt_bucket
+from cipo_jax.sampling.scheduler import PREFILL_TOKENS, prompt_bucket
 from cipo_jax.training.mesh import decoding_shardings, make_mesh
 from cipo_jax.typing import Params
 
-_MOST_ROWS = {"cpu": 64}  # Beyond these another row takes as long as it saves.
-_MOST_ROWS_ELSEWHERE = 256
-_MARGIN = 0.9  # of the free memory that is planned with
+_MAX_ROWS = {"cpu": 64}  # With more, another row takes as long as it saves.
+_MAX_ROWS_ELSEWHERE = 256
+_MARGIN = 0.9  # share of the free memory that a plan may use
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the sampler takes of a device's memory, in bytes.
+class MemoryPlan:
+    """The sampler's memory on one device, in bytes.
 
     Attributes:
-      rows: completions decoded at a time.
+      batch_size: completions decoded at a time.
       weights: in the decoding layout.
       cache: keys and values of prompts and responses, all at their greatest length, and one
-        layer's once more, for the time in which a ring grows.
-      work: logits of a step and their like, and prompts while they are computed.
-      resident: what lies there besides, such as the weights in the training layout.
-      free: what there was to begin with.
+        layer's a second time, for the moment in which a ring grows.
+      work: logits of a step and arrays like them, or prompts during their prefill.
+      resident: everything else on the device, such as the weights in the training layout.
+      free: free memory before any of these.
     """
 
-    rows: int
+    batch_size: int
     weights: int
     cache: int
     work: int
@@ -56,14 +56,14 @@ class Plan:
             return f"{size / _GIB:.2f}"
 
         return (
-            f"{self.rows} rows: {gib(self.total)} GiB a device (weights {gib(self.weights)}, cache "
-            f"{gib(self.cache)}, work {gib(self.work)}, besides {gib(self.resident)}) of "
+            f"{self.batch_size} rows: {gib(self.total)} GiB a device (weights {gib(self.weights)}, "
+            f"cache {gib(self.cache)}, work {gib(self.work)}, resident {gib(self.resident)}) of "
             f"{gib(self.free)} GiB free"
         )
 
 
 def free_bytes(device: Any) -> int:
-    """Free memory of a device; of a CPU what the machine or its container has, for each device."""
+    """Free memory of a device; for a CPU the memory of the machine or container, per device."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -75,7 +75,7 @@ def free_bytes(device: Any) -> int:
 
 
 def _least_free_bytes(mesh: Mesh) -> int:
-    """Of all processes, so that all make the same plan."""
+    """The minimum over all processes, so that all make the same plan."""
     free = free_bytes(mesh.local_devices[0])
     if jax.process_count() == 1:
         return free
@@ -93,30 +93,30 @@ def sharded_bytes(abstract: Params, shardings: Params) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def plan(
+def plan_memory(
     config: DecoderConfig,
     compute: Compute,
     mesh: Mesh,
-    rows: int,
+    batch_size: int,
     prompt_tokens: int,
     new_tokens: int,
     *,
     int8_cache: bool = False,
     resident: int = 0,
     free: int | None = None,
-) -> Plan:
-    """What so many rows take.
+) -> MemoryPlan:
+    """The memory that a batch size needs.
 
     Args:
       config: the model's shape.
       compute: dtype of decoding.
       mesh: rows lie over data x fsdp, heads and weights over tensor.
-      rows: completions decoded at a time.
+      batch_size: completions decoded at a time.
       prompt_tokens: of the longest prompt.
       new_tokens: of the longest completion.
-      int8_cache: whether keys and values are kept as int8.
-      resident: bytes that a device holds besides.
-      free: bytes of a device's free memory; None to ask it.
+      int8_cache: whether keys and values are int8.
+      resident: bytes of everything else on a device.
+      free: bytes of a device's free memory; None to ask the device.
     """
     layout = jax.eval_shape(
         lambda p: decoding_layout(config, p, compute.dtype), abstract_params(config)
@@ -125,19 +125,19 @@ def plan(
     width = jax.numpy.dtype(compute.dtype).itemsize
     vector = config.head_dim + 4 if int8_cache else config.head_dim * width
     slots = prompt_bucket(prompt_tokens) + -(-new_tokens // 16) * 16
-    here = -(-rows // shards)
-    layer = here * slots * 2 * -(-config.kv_heads // tensor) * vector
-    # Logits, what is left of them by the rules, and the noise, in float32.
-    logits = here * -(-config.vocab_size // tensor) * 4 * 4
-    # Prompts on their way into the cache: keys and values, the widest activations, and scores.
+    local_rows = -(-batch_size // shards)
+    layer = local_rows * slots * 2 * -(-config.kv_heads // tensor) * vector
+    # Logits, their copies with tokens masked out, and the random numbers, in float32.
+    logits = local_rows * -(-config.vocab_size // tensor) * 4 * 4
+    # A prefill batch: keys and values, the widest activations, and attention scores.
     length = prompt_bucket(prompt_tokens)
-    prompts = max(min(here, PREFILL_TOKENS // length), 1)
+    prompts = max(min(local_rows, PREFILL_TOKENS // length), 1)
     scores = 0 if compute.attention == "cudnn" else config.heads // tensor * length * 4
     wide = (4 * config.d_model + 3 * config.d_ff // tensor) * width
     kept = config.layers * 2 * -(-config.kv_heads // tensor) * vector
     prefill = prompts * length * (scores + wide + kept)
-    return Plan(
-        rows=rows,
+    return MemoryPlan(
+        batch_size=batch_size,
         weights=sharded_bytes(layout, decoding_shardings(layout, mesh)),
         cache=layer * (config.layers + 1),
         work=max(logits, prefill),
@@ -146,59 +146,61 @@ def plan(
     )
 
 
-def fitting_rows(
+def fit_batch_size(
     name: str,
-    rows: int,
+    max_batch_size: int,
     config: DecoderConfig,
     compute: Compute,
     mesh: Mesh,
     prompt_tokens: int,
     new_tokens: int,
     **more: Any,
-) -> Plan:
-    """The plan of so many rows; where `rows` is 0, of as many as fit, at most 64 on a CPU and 256.
+) -> MemoryPlan:
+    """The plan of a batch size; for 0, of the largest that fits, at most 64 on a CPU, else 256.
 
     Args:
-      name: of the setting, for the message.
-      rows: 0 to choose.
-      config: as in `plan`, like all the others.
-      compute: as in `plan`.
-      mesh: as in `plan`.
-      prompt_tokens: as in `plan`.
-      new_tokens: as in `plan`.
-      **more: as in `plan`.
+      name: of the setting and its value, for the message.
+      max_batch_size: 0 to choose.
+      config: as in `plan_memory`, like all the others.
+      compute: dtype of decoding.
+      mesh: of the sampler.
+      prompt_tokens: of the longest prompt.
+      new_tokens: of the longest completion.
+      **more: keyword arguments of `plan_memory`.
 
     Raises:
-      UserError: where they do not fit, with what would.
+      UserError: it does not fit; the message names changes with which it would.
     """
 
-    def of(rows: int, **other: Any) -> Plan:
-        return plan(config, compute, mesh, rows, prompt_tokens, new_tokens, **(more | other))
+    def plan(size: int, **other: Any) -> MemoryPlan:
+        return plan_memory(config, compute, mesh, size, prompt_tokens, new_tokens, **(more | other))
 
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    most = _MOST_ROWS.get(mesh.devices.flat[0].platform, _MOST_ROWS_ELSEWHERE)
+    most = _MAX_ROWS.get(mesh.devices.flat[0].platform, _MAX_ROWS_ELSEWHERE)
     sizes = [2**i * shards for i in range(20) if 2**i * shards <= max(most, shards)]
-    wanted = of(rows) if rows else of(sizes[0])
+    wanted = plan(max_batch_size or sizes[0])
     if wanted.fits:
-        return wanted if rows else max((p for p in map(of, sizes) if p.fits), key=lambda p: p.rows)
-    ways = [f"{p.rows} rows" for p in map(of, reversed(sizes)) if p.fits and p.rows < wanted.rows]
-    ways = ways[:1]
-    if not more.get("int8_cache") and of(wanted.rows, int8_cache=True).fits:
+        fitting = (p for p in map(plan, sizes) if p.fits)
+        return wanted if max_batch_size else max(fitting, key=lambda p: p.batch_size)
+    wanted_size = wanted.batch_size
+    smaller = (p for p in map(plan, reversed(sizes)) if p.fits and p.batch_size < wanted_size)
+    ways = [f"{p.batch_size} rows" for p in smaller][:1]
+    if not more.get("int8_cache") and plan(wanted_size, int8_cache=True).fits:
         ways.append("config.sampling.int8_cache")
-    for tensor in _wider(mesh, config.kv_heads):
+    for tensor in _larger_tensor_axes(mesh, config.kv_heads):
         other = make_mesh(-1, 1, tensor, devices=list(mesh.devices.flat))
-        if plan(config, compute, other, wanted.rows, prompt_tokens, new_tokens, **more).fits:
+        if plan_memory(config, compute, other, wanted_size, prompt_tokens, new_tokens, **more).fits:
             ways.append(f"config.mesh.tensor = {tensor}")
             break
     half = new_tokens // 2
-    if half and plan(config, compute, mesh, wanted.rows, prompt_tokens, half, **more).fits:
+    if half and plan_memory(config, compute, mesh, wanted_size, prompt_tokens, half, **more).fits:
         ways.append(f"{half} new tokens")
     raise UserError(
-        f"{name} does not fit: {wanted}; what would: {' or '.join(ways) or 'larger devices'}"
+        f"{name} does not fit: {wanted}; would fit: {' or '.join(ways) or 'larger devices'}"
     )
 
 
-def _wider(mesh: Mesh, kv_heads: int) -> list[int]:
-    """Sizes of the tensor axis, above the present one, that devices and heads divide by."""
+def _larger_tensor_axes(mesh: Mesh, kv_heads: int) -> list[int]:
+    """Sizes of the tensor axis, above the present one, that divide the devices and the heads."""
     most = math.gcd(mesh.devices.size, kv_heads)
     return [t for t in range(mesh.shape["tensor"] + 1, most + 1) if most % t == 0]

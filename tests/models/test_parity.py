@@ -24,6 +24,7 @@ from golden.make_decoder_golden import (
     torch_logits,
     varied,
 )
+from one_batch import STOPPED_AT_LENGTH, generate
 from quick_options import QUICK
 from safetensors.numpy import save_file
 
@@ -41,7 +42,7 @@ from cipo_jax.models.hf_config import read_config
 from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.ops.rope import Rope
-from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, SamplingParams, generate
+from cipo_jax.sampling import SamplingParams
 from cipo_jax.training.step import Policy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

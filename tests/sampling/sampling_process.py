@@ -20,7 +20,7 @@ def main():
     from small_model import CONFIG, KEY, SAMPLED, made_requests, random_params
 
     from cipo_jax.models.decoder import Compute, abstract_params
-    from cipo_jax.sampling.sampler import Sampler
+    from cipo_jax.sampling import Sampler, SamplingJob
     from cipo_jax.training.mesh import make_mesh, param_shardings
 
     mesh = make_mesh(1, 2, 2)
@@ -33,7 +33,7 @@ def main():
     )
     sampler = Sampler(CONFIG, Compute(), mesh, 4, 16)
     prepared = sampler.prepare(params)
-    made = sampler.stream(prepared, made_requests()[:8], SAMPLED, KEY, 2)
+    made = sampler.stream(prepared, SamplingJob(made_requests()[:8], SAMPLED, KEY, 2))
     told = {"completions": [[c.item, c.sample, c.ids, c.stop] for c in made]}
     print(json.dumps(told), flush=True)
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cipo_jax.models.decoder import DecoderConfig, abstract_params
-from cipo_jax.sampling.decode import SamplingParams
-from cipo_jax.sampling.sampler import Request
+from cipo_jax.sampling import Request, SamplingParams
 from cipo_jax.training.mesh import make_mesh
 
 CONFIG = DecoderConfig(

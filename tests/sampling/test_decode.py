@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_batch import STOPPED_AT_LENGTH, STOPPED_BY_ID, generate
 from small_model import CONFIG, random_params
 
 from cipo_jax.models.decoder import (
@@ -12,7 +13,7 @@ from cipo_jax.models.decoder import (
     decoding_layout,
     hidden_states,
 )
-from cipo_jax.sampling.decode import STOPPED_AT_LENGTH, STOPPED_BY_ID, SamplingParams, generate
+from cipo_jax.sampling import SamplingParams
 
 TIED = CONFIG
 UNTIED = DecoderConfig(

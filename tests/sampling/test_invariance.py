@@ -12,8 +12,7 @@ from small_model import CONFIG, KEY, SAMPLED, made_requests, one_device
 from two_processes import told_by_two
 
 from cipo_jax.models.decoder import Compute
-from cipo_jax.sampling.decode import SamplingParams
-from cipo_jax.sampling.sampler import Sampler
+from cipo_jax.sampling import Sampler, SamplingJob, SamplingParams
 from cipo_jax.training.mesh import make_mesh
 
 LOGP_ATOL = 1e-4
@@ -34,10 +33,10 @@ def told(completions):
 @pytest.fixture(scope="module")
 def wanted(params):
     """Three samples of each request, all of them decoded at once to the end."""
-    sampler = Sampler(CONFIG, Compute(), one_device(), 64, chunk=300)
+    sampler = Sampler(CONFIG, Compute(), one_device(), 64, decode_chunk=300)
     prepared = sampler.prepare(params)
-    found = told(sampler.stream(prepared, made_requests(), SAMPLED, KEY, 3))
-    greedy = told(sampler.stream(prepared, made_requests(), GREEDY, KEY))
+    found = told(sampler.stream(prepared, SamplingJob(made_requests(), SAMPLED, KEY, 3)))
+    greedy = told(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
     lengths = [len(ids) for ids, _ in found[0].values()]
     # Rings have grown and turned, and batches shrunk, by such lengths.
     assert min(lengths) < 10 and max(lengths) > 128 and len(lengths) == 57
@@ -59,7 +58,9 @@ def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
     for rules, samples, (ids, logps) in (
         (SAMPLED, 3, wanted[0]), (SAMPLED, rng.choice([1, 2]), wanted[0]), (GREEDY, 1, wanted[1])
     ):  # fmt: skip
-        found, found_logps = told(sampler.stream(prepared, requests, rules, KEY, samples))
+        found, found_logps = told(
+            sampler.stream(prepared, SamplingJob(requests, rules, KEY, samples))
+        )
         assert found.keys() == {(r.item, s) for r in requests for s in range(samples)}
         assert found == {at: ids[at] for at in found}
         for at, values in found_logps.items():
@@ -69,7 +70,9 @@ def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
 @pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_mesh_does_not_show(params, wanted, sizes):
     sampler = Sampler(CONFIG, Compute(), make_mesh(*sizes), 16, 16)
-    found, _ = told(sampler.stream(sampler.prepare(params), made_requests(), SAMPLED, KEY, 3))
+    found, _ = told(
+        sampler.stream(sampler.prepare(params), SamplingJob(made_requests(), SAMPLED, KEY, 3))
+    )
     assert found == wanted[0][0]
     assert len(sampler.programs()) <= 8
 
@@ -78,7 +81,9 @@ def test_completions_come_as_they_finish(params, wanted):
     sampler = Sampler(CONFIG, Compute(), one_device(), 8, 8)
     order = [
         (c.item, c.sample)
-        for c in sampler.stream(sampler.prepare(params), made_requests(), SAMPLED, KEY, 3)
+        for c in sampler.stream(
+            sampler.prepare(params), SamplingJob(made_requests(), SAMPLED, KEY, 3)
+        )
     ]
     lengths = {at: len(ids) for at, (ids, _) in wanted[0][0].items()}
     longest = max(lengths, key=lambda at: lengths[at])
@@ -96,19 +101,19 @@ def test_closing_the_stream_leaves_nothing_behind(params, wanted):
         return sum(x.nbytes for x in jax.live_arrays())
 
     before = alive()
-    stream = sampler.stream(prepared, made_requests(), SAMPLED, KEY, 3)
+    stream = sampler.stream(prepared, SamplingJob(made_requests(), SAMPLED, KEY, 3))
     first = next(stream)
     assert alive() > before + 8 * 64 * 128  # Caches are there,
     stream.close()
     assert alive() - before < 2**14  # and gone, but for a few numbers.
     assert (first.ids, first.stop) == wanted[0][0][first.item, first.sample]
-    again, _ = told(sampler.stream(prepared, made_requests(), GREEDY, KEY))
+    again, _ = told(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
     assert again == wanted[1][0]
 
 
 def test_speed_is_told_and_does_not_count_in_comparisons(params):
     sampler = Sampler(CONFIG, Compute(), one_device(), 8, 8)
-    first, *_ = sampler.stream(sampler.prepare(params), made_requests(3), GREEDY, KEY)
+    first, *_ = sampler.stream(sampler.prepare(params), SamplingJob(made_requests(3), GREEDY, KEY))
     assert first.tokens_per_second == len(first.ids) / first.seconds > 0
     assert dataclasses.replace(first, seconds=5.0) == first
 

@@ -8,9 +8,9 @@ import pytest
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
-from cipo_jax.sampling.decode import SamplingParams, empty
-from cipo_jax.sampling.memory import fitting_rows, free_bytes, plan
-from cipo_jax.sampling.sampler import Sampler
+from cipo_jax.sampling import Sampler, SamplingParams
+from cipo_jax.sampling.memory import fit_batch_size, free_bytes, plan_memory
+from cipo_jax.sampling.state import empty_state
 from cipo_jax.training.mesh import make_mesh
 
 CONFIG = DecoderConfig(
@@ -28,16 +28,16 @@ LLAMA_8B = DecoderConfig(
 def test_planned_bytes_are_those_of_the_arrays(sizes, int8):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     sampler = Sampler(CONFIG, Compute(), mesh, int8_cache=int8)
-    planned = plan(CONFIG, Compute(), mesh, 8, 48, 64, int8_cache=int8, free=GIB)
+    planned = plan_memory(CONFIG, Compute(), mesh, 8, 48, 64, int8_cache=int8, free=GIB)
 
     def on_first(tree):
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
         return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 
-    prompts, decoding = sampler._programs.empty(
+    prompts, state = sampler._programs.empty(
         CONFIG, Compute(), SamplingParams(64, ()).on_device(), int8, (8, 1, 48, 64)
     )
-    cache = on_first((prompts.cache, decoding.cache))
+    cache = on_first((prompts.cache, state.cache))
     # One layer more is planned for, for the time in which a ring grows.
     assert planned.cache == cache * (CONFIG.layers + 1) // CONFIG.layers
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(CONFIG))
@@ -48,7 +48,9 @@ def test_planned_bytes_are_those_of_the_arrays(sizes, int8):
 
 def test_shapes_of_an_empty_batch_hold_nothing_else_of_size():
     whole = jax.eval_shape(
-        lambda: empty(CONFIG, Compute(), SamplingParams(64, ()).on_device(), False, (8, 1, 48, 64))
+        lambda: empty_state(
+            CONFIG, Compute(), SamplingParams(64, ()).on_device(), False, (8, 1, 48, 64)
+        )
     )
     sizes = sorted((x.size for x in jax.tree.leaves(whole)), reverse=True)
     assert sum(sizes[4 * CONFIG.layers :]) < sizes[0]
@@ -57,43 +59,45 @@ def test_shapes_of_an_empty_batch_hold_nothing_else_of_size():
 def test_an_8b_model_on_a_card_of_80_gib():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     bf16 = Compute(dtype="bfloat16")
-    planned = plan(LLAMA_8B, bf16, mesh, 64, 512, 2048, free=80 * GIB)
+    planned = plan_memory(LLAMA_8B, bf16, mesh, 64, 512, 2048, free=80 * GIB)
     # 8.03 billion weights of two bytes; 128 KiB of keys and values a token.
     assert planned.weights == pytest.approx(16.06e9, rel=0.001)
     assert planned.cache == 64 * 2560 * 131072 * 33 // 32
     assert planned.fits
-    chosen = fitting_rows("rows", 0, LLAMA_8B, bf16, mesh, 512, 2048, free=80 * GIB)
-    assert chosen.rows == 64 and chosen.fits
-    assert not plan(LLAMA_8B, bf16, mesh, 256, 512, 2048, free=80 * GIB).fits
+    chosen = fit_batch_size("rows", 0, LLAMA_8B, bf16, mesh, 512, 2048, free=80 * GIB)
+    assert chosen.batch_size == 64 and chosen.fits
+    assert not plan_memory(LLAMA_8B, bf16, mesh, 256, 512, 2048, free=80 * GIB).fits
 
 
 def test_what_does_not_fit_is_said_with_what_would():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     bf16 = Compute(dtype="bfloat16")
     with pytest.raises(UserError) as caught:
-        fitting_rows("config.sampling.rows = 256", 256, LLAMA_8B, bf16, mesh, 512, 4096,
+        fit_batch_size("config.sampling.max_batch_size = 256", 256, LLAMA_8B, bf16, mesh, 512, 4096,
                      free=80 * GIB)  # fmt: skip
     message = str(caught.value)
-    assert "\n" not in message and message.startswith("config.sampling.rows = 256 does not fit")
-    (rows,) = re.findall(r"what would: (\d+) rows", message)
-    assert plan(LLAMA_8B, bf16, mesh, int(rows), 512, 4096, free=80 * GIB).fits
-    assert not plan(LLAMA_8B, bf16, mesh, 2 * int(rows), 512, 4096, free=80 * GIB).fits
+    assert "\n" not in message and message.startswith(
+        "config.sampling.max_batch_size = 256 does not fit"
+    )
+    (rows,) = re.findall(r"would fit: (\d+) rows", message)
+    assert plan_memory(LLAMA_8B, bf16, mesh, int(rows), 512, 4096, free=80 * GIB).fits
+    assert not plan_memory(LLAMA_8B, bf16, mesh, 2 * int(rows), 512, 4096, free=80 * GIB).fits
     # On one device there is no other mesh.
     assert "mesh" not in message
     # Weights alone that are too many.
-    arguments = ("config.eval.rows = 0", 0, LLAMA_8B, bf16)
-    with pytest.raises(UserError, match=r"GiB free; what would: larger devices"):
-        fitting_rows(*arguments, mesh, 512, 4096, free=12 * GIB)
-    with pytest.raises(UserError, match=r"what would: config\.mesh\.tensor = 2$"):
-        fitting_rows(*arguments, make_mesh(8, 1, 1), 512, 4096, free=13 * GIB)
+    arguments = ("config.eval.max_batch_size = 0", 0, LLAMA_8B, bf16)
+    with pytest.raises(UserError, match=r"GiB free; would fit: larger devices"):
+        fit_batch_size(*arguments, mesh, 512, 4096, free=12 * GIB)
+    with pytest.raises(UserError, match=r"would fit: config\.mesh\.tensor = 2$"):
+        fit_batch_size(*arguments, make_mesh(8, 1, 1), 512, 4096, free=13 * GIB)
 
 
 def test_half_the_tokens_are_offered_where_they_fit():
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     bf16 = Compute(dtype="bfloat16")
     with pytest.raises(UserError, match="8192 new tokens"):
-        fitting_rows("rows", 32, LLAMA_8B, bf16, mesh, 512, 16384, free=64 * GIB)
-    assert plan(LLAMA_8B, bf16, mesh, 32, 512, 8192, free=64 * GIB).fits
+        fit_batch_size("rows", 32, LLAMA_8B, bf16, mesh, 512, 16384, free=64 * GIB)
+    assert plan_memory(LLAMA_8B, bf16, mesh, 32, 512, 8192, free=64 * GIB).fits
 
 
 def test_int8_is_offered_where_it_helps():
@@ -101,8 +105,8 @@ def test_int8_is_offered_where_it_helps():
     bf16 = Compute(dtype="bfloat16")
     arguments = ("rows", 128, LLAMA_8B, bf16, mesh, 512, 2048)
     with pytest.raises(UserError, match=r"config\.sampling\.int8_cache"):
-        fitting_rows(*arguments, free=60 * GIB)
-    assert fitting_rows(*arguments, free=60 * GIB, int8_cache=True).rows == 128
+        fit_batch_size(*arguments, free=60 * GIB)
+    assert fit_batch_size(*arguments, free=60 * GIB, int8_cache=True).batch_size == 128
 
 
 def test_this_machine_has_memory():

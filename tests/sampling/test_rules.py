@@ -10,8 +10,7 @@ from small_model import CONFIG, one_device
 
 from cipo_jax.models.decoder import Compute, hidden_states
 from cipo_jax.ops.sampling import draw
-from cipo_jax.sampling.decode import SamplingParams
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
 
 KEY = jax.random.key(4)
 # Other programs sum in another order: f32 rounding of logits of order 10.
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def sampler():
-    return Sampler(CONFIG, Compute(), one_device(), 4, chunk=5)
+    return Sampler(CONFIG, Compute(), one_device(), 4, decode_chunk=5)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +83,10 @@ def test_both_log_probabilities_are_those_of_a_plain_computation(
     sampler, prepared, params, requests, changes
 ):
     rules = SamplingParams(12, (), **({"temperature": 1.0} | changes))
-    plain = flat(sampler.sample(prepared, requests, SamplingParams(12, (), 1.0), KEY, 2))
-    drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
+    plain = flat(
+        sampler.sample(prepared, SamplingJob(requests, SamplingParams(12, (), 1.0), KEY, 2))
+    )
+    drawn = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 2)))
     assert [c.ids for c in drawn] != [c.ids for c in plain]
     for request in requests:
         for completion in (c for c in drawn if c.item == request.item):
@@ -139,7 +140,7 @@ _draw = jax.jit(
 
 
 def test_greedy_and_forced_tokens_were_certain(sampler, prepared, requests):
-    for row in sampler.sample(prepared, requests, SamplingParams(6, ()), KEY):
+    for row in sampler.sample(prepared, SamplingJob(requests, SamplingParams(6, ()), KEY)):
         assert row[0].drawn_logps == [0.0] * 6 and all(p < 0 for p in row[0].logps)
 
 
@@ -152,8 +153,8 @@ def test_a_thinking_budget_closes_what_is_still_open(
 ):
     free = SamplingParams(20, (), temperature)
     rules = dataclasses.replace(free, think_budget=6, close_ids=CLOSE)
-    whole = flat(sampler.sample(prepared, requests, free, KEY, 2))
-    drawn = flat(sampler.sample(prepared, requests, rules, KEY, 2))
+    whole = flat(sampler.sample(prepared, SamplingJob(requests, free, KEY, 2)))
+    drawn = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 2)))
     for a, b in zip(whole, drawn, strict=True):
         assert len(b.ids) == 20
         natural = any(tuple(b.ids[i : i + 2]) == CLOSE for i in range(5))
@@ -170,15 +171,17 @@ def test_a_thinking_budget_closes_what_is_still_open(
 
 def test_a_block_that_is_closed_in_time_is_left_alone(sampler, prepared, requests):
     free = SamplingParams(20, ())
-    whole = sampler.sample(prepared, requests, free, KEY)
+    whole = sampler.sample(prepared, SamplingJob(requests, free, KEY))
     # Take for the tag what the first row says at tokens 2 and 3.
     close = tuple(whole[0][0].ids[2:4])
     rules = dataclasses.replace(free, think_budget=6, close_ids=close)
-    assert sampler.sample(prepared, requests[:1], rules, KEY)[0][0].ids == whole[0][0].ids
+    assert (
+        sampler.sample(prepared, SamplingJob(requests[:1], rules, KEY))[0][0].ids == whole[0][0].ids
+    )
     # And where the prompt has closed it already, nothing is forced.
     closed = [r._replace(prefill=close) for r in requests]
-    assert [c[0].ids for c in sampler.sample(prepared, closed, rules, KEY)] == [
-        c[0].ids for c in sampler.sample(prepared, closed, free, KEY)
+    assert [c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, rules, KEY))] == [
+        c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, free, KEY))
     ]
 
 
@@ -189,9 +192,11 @@ def test_a_budget_needs_a_tag():
 
 def test_a_completion_goes_on_from_its_prefill(sampler, prepared, requests):
     rules = SamplingParams(12, ())
-    whole = sampler.sample(prepared, requests, rules, KEY)
+    whole = sampler.sample(prepared, SamplingJob(requests, rules, KEY))
     begun = [r._replace(prefill=c.ids[:5]) for r, (c,) in zip(requests, whole, strict=True)]
-    for (a,), (b,) in zip(whole, sampler.sample(prepared, begun, rules, KEY), strict=True):
+    for (a,), (b,) in zip(
+        whole, sampler.sample(prepared, SamplingJob(begun, rules, KEY)), strict=True
+    ):
         assert b.ids[:7] == a.ids[5:]
         np.testing.assert_allclose(b.logps[:7], a.logps[5:], rtol=0, atol=LOGP_ATOL)
 
@@ -205,11 +210,13 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
     prepared, requests, chunk, sampler
 ):
     rules = SamplingParams(24, (), 1.0)
-    whole = flat(sampler.sample(prepared, requests, rules, KEY, 3))
+    whole = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 3)))
     texts = (detokenize(whole[2].ids[4:6]), detokenize(whole[7].ids[10:11]), "never")
-    other = dataclasses.replace(sampler, chunk=chunk)
+    other = dataclasses.replace(sampler, decode_chunk=chunk)
     stopped = dataclasses.replace(rules, stop_texts=texts)
-    drawn = flat(other.sample(prepared, requests, stopped, KEY, 3, detokenize))
+    drawn = flat(
+        other.sample(prepared, SamplingJob(requests, stopped, KEY, 3, detokenize=detokenize))
+    )
     kinds = set()
     for a, b in zip(whole, drawn, strict=True):
         ends = [
@@ -226,15 +233,19 @@ def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
 
 def test_stop_texts_need_a_detokenizer(sampler, prepared, requests):
     with pytest.raises(ValueError, match="detokenize"):
-        sampler.sample(prepared, requests, SamplingParams(5, (), stop_texts=("a",)), KEY)
+        sampler.sample(
+            prepared, SamplingJob(requests, SamplingParams(5, (), stop_texts=("a",)), KEY)
+        )
 
 
 def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
     rules = SamplingParams(20, (), 1.0)
-    whole = sampler.sample(prepared, requests, rules, KEY)
+    whole = sampler.sample(prepared, SamplingJob(requests, rules, KEY))
     limits = [1, 20, 7, 3, 12, 2]
     cut = [r._replace(max_new_tokens=n) for r, n in zip(requests, limits, strict=True)]
-    for n, (a,), (b,) in zip(limits, whole, sampler.sample(prepared, cut, rules, KEY), strict=True):
+    for n, (a,), (b,) in zip(
+        limits, whole, sampler.sample(prepared, SamplingJob(cut, rules, KEY)), strict=True
+    ):
         assert b.ids == a.ids[:n] and b.stop == "length"
 
 
@@ -250,8 +261,8 @@ def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
         ),
         (Request([1], -3), SamplingParams(5, ()), {}, "request 1: item -3"),
         (Request([1], 3), SamplingParams(0, ()), {}, "may draw no token"),
-        (Request([1], 3), None, {}, "there are no rules"),
-        (Request([1], 3), SamplingParams(5, ()), {"samples": 0}, "samples = 0"),
+        (Request([1], 3), None, {}, "no sampling_params"),
+        (Request([1], 3), SamplingParams(5, ()), {"num_samples": 0}, "num_samples = 0"),
         (Request([1], 3), SamplingParams(5, ()), {"key": "rbg"}, "kind rbg"),
     ],
 )
@@ -261,23 +272,37 @@ def test_what_cannot_be_sampled_is_said_at_once(
     if "key" in more:
         more = {"key": jax.random.key(0, impl=more["key"])}
     with pytest.raises(ValueError, match=message):
-        sampler.stream(prepared, [requests[0], bad], rules, **more)
+        sampler.stream(prepared, SamplingJob([requests[0], bad], rules, **more))
 
 
 def test_no_requests_and_the_samplers_own_rules(sampler, prepared, requests):
-    assert sampler.sample(prepared, [], SamplingParams(5, ()), KEY) == []
-    own = dataclasses.replace(sampler, rules=SamplingParams(5, (), 1.0))
-    assert list(own.stream(prepared, requests[:2])) == list(
-        sampler.stream(prepared, requests[:2], SamplingParams(5, (), 1.0), jax.random.key(0))
+    assert sampler.sample(prepared, SamplingJob([], SamplingParams(5, ()), KEY)) == []
+    own = dataclasses.replace(sampler, sampling_params=SamplingParams(5, (), 1.0))
+    assert list(own.stream(prepared, SamplingJob(requests[:2]))) == list(
+        sampler.stream(
+            prepared, SamplingJob(requests[:2], SamplingParams(5, (), 1.0), jax.random.key(0))
+        )
     )
+
+
+def test_one_sample_is_streamed_at_a_time(sampler, prepared, requests):
+    job = SamplingJob(requests[:1], SamplingParams(5, ()), KEY, num_samples=2)
+    with pytest.raises(ValueError, match="one request and one sample"):
+        sampler.stream_parts(prepared, job)
 
 
 def test_later_samples_can_be_drawn_by_themselves(sampler, prepared, requests):
     rules = SamplingParams(12, (), 1.0)
-    whole = {(c.item, c.sample): c for c in sampler.stream(prepared, requests, rules, KEY, 4)}
-    later = list(sampler.stream(prepared, requests, rules, KEY, 2, first_sample=2))
+    whole = {
+        (c.item, c.sample): c
+        for c in sampler.stream(prepared, SamplingJob(requests, rules, KEY, 4))
+    }
+    later = list(sampler.stream(prepared, SamplingJob(requests, rules, KEY, 2, first_sample=2)))
     assert sorted((c.item, c.sample) for c in later) == sorted(at for at in whole if at[1] >= 2)
     assert all(c.ids == whole[c.item, c.sample].ids for c in later)
+    job = SamplingJob(requests, rules, KEY, 2, first_sample=2)
+    for request, row in zip(requests, sampler.sample(prepared, job), strict=True):
+        assert [c.ids for c in row] == [whole[request.item, n].ids for n in (2, 3)]
 
 
 def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sampler):
@@ -287,17 +312,17 @@ def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sam
         for i, n in enumerate([1, 1, 40])
     ]
     rules = SamplingParams(40, (), 1.0)
-    wide = dataclasses.replace(sampler, rows=12)
-    narrow = dataclasses.replace(sampler, rows=3)
-    a, b = (s.sample(prepared, requests, rules, KEY, 4) for s in (wide, narrow))
+    wide = dataclasses.replace(sampler, max_batch_size=12)
+    narrow = dataclasses.replace(sampler, max_batch_size=3)
+    a, b = (s.sample(prepared, SamplingJob(requests, rules, KEY, 4)) for s in (wide, narrow))
     assert [c.ids for c in flat(a)] == [c.ids for c in flat(b)]
 
 
 def test_int8_keys_and_values_hardly_change_what_is_likely(prepared, sampler, requests):
     small = dataclasses.replace(sampler, int8_cache=True)
     rules = SamplingParams(16, ())
-    full = flat(sampler.sample(prepared, requests, rules, KEY))
-    int8 = flat(small.sample(prepared, requests, rules, KEY))
+    full = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY)))
+    int8 = flat(small.sample(prepared, SamplingJob(requests, rules, KEY)))
     same = [
         a == b for x, y in zip(full, int8, strict=True) for a, b in zip(x.ids, y.ids, strict=True)
     ]

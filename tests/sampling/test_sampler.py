@@ -5,11 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_batch import generate
 from small_model import CONFIG, one_device
 
+from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, decoding_layout
-from cipo_jax.sampling.decode import SamplingParams, decode, empty, generate
-from cipo_jax.sampling.sampler import Request, Sampler, rules_of
+from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
+from cipo_jax.sampling.decode import decode
+from cipo_jax.sampling.state import empty_state
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
 RULES = SamplingParams(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
@@ -43,7 +46,7 @@ def fours(params):
 
 
 def _all(sampler, params, requests, rules=RULES, samples=1):
-    return sampler.sample(params, requests, rules, KEY, samples)
+    return sampler.sample(params, SamplingJob(requests, rules, KEY, samples))
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +120,34 @@ def test_the_item_id_addresses_the_randomness(fours, requests, drawn):
 
 
 def test_calls_of_one_shape_share_one_program(params, requests):
-    # A size that no other test of this file uses. Samplers on one mesh share their programs, so
-    # it is the growth that counts.
+    # A size that no other test of this file uses. Equal samplers share their programs, so it is
+    # the growth that counts.
     sampler = _sampler(3)
     before = sampler._programs.decode._cache_size()
     for seed, part in ((0, requests), (1, requests[:3]), (2, requests[2:6])):
         prepared = sampler.prepare(jax.tree.map(lambda x, s=seed: x + 0.01 * s, params))
         for key in (jax.random.key(seed), jax.random.fold_in(KEY, seed)):
-            list(sampler.stream(prepared, part, GREEDY, key))
+            list(sampler.stream(prepared, SamplingJob(part, GREEDY, key)))
         assert sampler._programs.decode._cache_size() == before + 1
     assert sampler.programs() == ["3 x 1 rows, 16 prompt slots, 16 response slots, greedy"]
+
+
+def test_equal_samplers_share_what_is_compiled(params, requests):
+    compiled = []
+
+    def count(event, seconds, **_):
+        compiled.append(event == "/jax/core/compile/backend_compile_duration")
+
+    made = []
+    for _ in range(2):
+        sampler = Sampler(CONFIG, Compute(), make_mesh(2, 1, 2, jax.devices()[:4]), 5, 9)
+        job = SamplingJob(requests, RULES, jax.random.key(4), num_samples=2)
+        made.append(sampler.sample(sampler.prepare(params), job))
+        if len(made) == 1:
+            jax.monitoring.register_event_duration_secs_listener(count)
+    jax.monitoring.unregister_event_duration_listener(count)
+    assert made[0] == made[1]
+    assert not any(compiled)
 
 
 def test_an_eight_device_mesh_says_what_one_device_says(fours, params, requests):
@@ -150,13 +171,15 @@ def test_the_cache_is_updated_in_place(real_compilation):
         lambda p: decoding_layout(config, p, "float32"), abstract_params(config)
     )
     for int8, width in ((False, 4), (True, 1 + 4 / config.head_dim)):
-        prompts, decoding = jax.eval_shape(
-            lambda int8=int8: empty(config, Compute(), GREEDY.on_device(), int8, (G, w, 16, R))
+        prompts, state = jax.eval_shape(
+            lambda int8=int8: empty_state(
+                config, Compute(), GREEDY.on_device(), int8, (G, w, 16, R)
+            )
         )
         compiled = (
             jax.jit(decode, static_argnums=(0, 1, 2, 3), donate_argnums=6)
             .lower(
-                config, Compute(), GREEDY.on_device(), 32, layout, prompts, decoding,
+                config, Compute(), GREEDY.on_device(), 32, layout, prompts, state,
                 jax.ShapeDtypeStruct((), jnp.int32),
             )
             .compile()
@@ -171,11 +194,11 @@ def test_the_cache_is_updated_in_place(real_compilation):
 @pytest.mark.parametrize("chunk", [1, 3, 20])
 @pytest.mark.parametrize("rules", [RULES, GREEDY], ids=["sampled", "greedy"])
 def test_a_completion_that_is_watched_is_the_one_that_is_not(params, requests, chunk, rules):
-    sampler = dataclasses.replace(_sampler(1), chunk=chunk)
+    sampler = dataclasses.replace(_sampler(1), decode_chunk=chunk)
     prepared = sampler.prepare(params)
     ends = set()
     for request, (wanted,) in zip(requests, _all(sampler, prepared, requests, rules), strict=True):
-        seen = list(sampler.stream_parts(prepared, request, rules, KEY))
+        seen = list(sampler.stream_parts(prepared, SamplingJob([request], rules, KEY)))
         assert seen[-1].ids == wanted.ids and seen[-1].stopped == wanted.stopped
         np.testing.assert_allclose(seen[-1].logps, wanted.logps, rtol=0, atol=LOGP_ATOL)
         for before, after in itertools.pairwise(seen):
@@ -201,7 +224,26 @@ def test_rules_end_where_a_model_ends_and_draw_what_its_tokenizer_has():
     from cipo_jax.text.chat_format import ChatFormat
 
     tokenizer = load_tokenizer(resolve("asset:tiny_lrm/target"))
-    rules = rules_of(ChatFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
+    rules = SamplingParams.for_chat(ChatFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
     close_ids = tuple(tokenizer.encode("</think>", add_special_tokens=False))
     stop_ids = (tokenizer.eos_token_id, 7, 9)
     assert rules == SamplingParams(5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids)
+
+
+def test_sampling_params_of_the_config():
+    from cipo_jax.config import SamplingConfig
+    from cipo_jax.hub import load_tokenizer, resolve
+    from cipo_jax.text.chat_format import ChatFormat
+
+    chat_format = ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
+    settings = SamplingConfig(
+        max_new_tokens=5, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.1,
+        think_budget=3,
+    )  # fmt: skip
+    assert SamplingParams.from_config(settings, chat_format, ["a"]) == SamplingParams.for_chat(
+        chat_format, 5, 0.5, 0.9, top_k=7, min_p=0.1, repetition_penalty=1.1, think_budget=3,
+        stop_texts=("a",),
+    )  # fmt: skip
+    spelled = ChatFormat(chat_format.tokenizer, close="closed now")
+    with pytest.raises(UserError, match=r"think_budget: 'closed now' is ordinary text"):
+        SamplingParams.from_config(settings, spelled)
