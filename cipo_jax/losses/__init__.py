@@ -2,14 +2,16 @@
 
 - `preference`: pairs of completions
 - `likelihood`: NLL
-- `unlearning`: log-probabilities of what is to be forgotten
+- `unlearning`: log-probabilities of the completions to forget
 - `distribution`: next-token distributions, and `over_chunks`, with which [B, C, V] never exists
-- `activation`: hidden reveals
+- `activation`: hidden states
+- `token_mean`: the mean over tokens that these share
 
 Every loss returns ``(loss, metrics)``: a scalar to minimize and a flat dict of scalars. Names of
 preference metrics are those of TRL (``rewards/chosen``, ``rewards/margins``, ``logps/chosen``).
 """
 
+from cipo_jax.losses._shared import token_mean
 from cipo_jax.losses.activation import control_vector, hidden_match, r2mu, rmu_forget
 from cipo_jax.losses.distribution import (
     ceu,
@@ -68,6 +70,7 @@ __all__ = [
     "sequence_logps",
     "simnpo",
     "simpo",
+    "token_mean",
     "tru",
     "undial",
     "undial_per_token",

@@ -1,18 +1,21 @@
 """Losses on activations: hidden states [B, T, D] of a chosen layer, beside a mask [B, T].
 
 All are means of squared differences over the tokens that count and over D; padding is no part of
-any mean, as it is in the authors' code.
+any mean, as it is in the authors' code. Of a micro-batch, `num_tokens` is the number of tokens of
+the whole batch divided by the number of micro-batches; None counts the tokens of the mask.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from cipo_jax.losses._shared import Metrics, wide
+from cipo_jax.losses._shared import Metrics, token_count, wide
 
 
-def _mean_square(difference: jax.Array, mask: jax.Array) -> jax.Array:
+def _mean_square(difference: jax.Array, mask: jax.Array, num_tokens: jax.Array | None) -> jax.Array:
     squares = jnp.square(jnp.where(mask[..., None], wide(difference), 0.0))
-    count = jnp.maximum(jnp.sum(mask), 1).astype(squares.dtype)
+    count = token_count(mask, num_tokens, squares.dtype)
     return jnp.sum(squares) / (count * difference.shape[-1])
 
 
@@ -23,7 +26,12 @@ def control_vector(key: jax.Array, size: int) -> jax.Array:
 
 
 def rmu_forget(
-    hidden: jax.Array, mask: jax.Array, direction: jax.Array, *, scale: float = 6.5
+    hidden: jax.Array,
+    mask: jax.Array,
+    direction: jax.Array,
+    *,
+    scale: float = 6.5,
+    num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Representation misdirection (Li et al. 2024, arXiv 2403.03218, eq. 1).
 
@@ -34,16 +42,21 @@ def rmu_forget(
       mask: [B, T], true where a token counts.
       direction: [D] u, from `control_vector`.
       scale: c.
+      num_tokens: [] divisor of the mean over tokens.
 
     Returns:
       The loss, and {"forget/mse"}.
     """
-    loss = _mean_square(hidden - scale * jax.lax.stop_gradient(direction), mask)
+    loss = _mean_square(hidden - scale * jax.lax.stop_gradient(direction), mask, num_tokens)
     return loss, {"forget/mse": loss}
 
 
 def hidden_match(
-    hidden: jax.Array, ref_hidden: jax.Array, mask: jax.Array
+    hidden: jax.Array,
+    ref_hidden: jax.Array,
+    mask: jax.Array,
+    *,
+    num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """``MSE(h, h0)``: activations on what is retained stay those of the frozen model.
 
@@ -51,11 +64,12 @@ def hidden_match(
       hidden: [B, T, D] of the layer.
       ref_hidden: [B, T, D] of the frozen model; gets no gradient.
       mask: [B, T], true where a token counts.
+      num_tokens: [] divisor of the mean over tokens.
 
     Returns:
       The loss, and {"retain/mse"}.
     """
-    loss = _mean_square(hidden - jax.lax.stop_gradient(ref_hidden), mask)
+    loss = _mean_square(hidden - jax.lax.stop_gradient(ref_hidden), mask, num_tokens)
     return loss, {"retain/mse": loss}
 
 
@@ -70,6 +84,7 @@ def r2mu(
     retain_weight: float = 1.4,
     trace_weight: float = 1.0,
     reasoning_weight: float = 1.0,
+    num_tokens: Sequence[jax.Array | None] = (None, None, None, None),
 ) -> tuple[jax.Array, Metrics]:
     """Reasoning-aware representation misdirection (R2MU, arXiv 2506.12963, eq. 6).
 
@@ -86,15 +101,17 @@ def r2mu(
       retain_weight: a_r.
       trace_weight: a_u.
       reasoning_weight: a_c.
+      num_tokens: [] divisors of the means over tokens, in the order of the four groups.
 
     Returns:
       The loss, and {"forget/mse", "retain/mse", "forget_traces/mse", "kept_traces/mse"}.
     """
+    a, b, c, d = num_tokens
     terms = {
-        "forget/mse": rmu_forget(*forget, direction, scale=scale)[0],
-        "retain/mse": hidden_match(*retain)[0],
-        "forget_traces/mse": rmu_forget(*forget_traces, direction, scale=scale)[0],
-        "kept_traces/mse": hidden_match(*kept_traces)[0],
+        "forget/mse": rmu_forget(*forget, direction, scale=scale, num_tokens=a)[0],
+        "retain/mse": hidden_match(*retain, num_tokens=b)[0],
+        "forget_traces/mse": rmu_forget(*forget_traces, direction, scale=scale, num_tokens=c)[0],
+        "kept_traces/mse": hidden_match(*kept_traces, num_tokens=d)[0],
     }
     weights = (1.0, retain_weight, trace_weight, reasoning_weight)
     loss = sum(w * term for w, term in zip(weights, terms.values(), strict=True))

@@ -2,12 +2,13 @@
 
 Each comes in two layers. The ``*_per_token`` functions take logits [..., V] and give [...]; the
 losses of the same names take the mean over the tokens that a mask counts, and logits of the others
-may be anything. All are computed in float32 at least. For a model whose logits would not fit,
-`over_chunks` applies a per-token function to hidden states and the head, a chunk of tokens at a
-time, forwards and backwards:
+may be anything. Of a micro-batch, their `num_tokens` is the number of tokens of the whole batch
+divided by the number of micro-batches. All are computed in float32 at least. For a model whose
+logits would not fit, `over_chunks` applies a per-token function to hidden states and the head, a
+chunk of tokens at a time, forwards and backwards:
 
     values = over_chunks(kl_per_token, [(hidden, head), (ref_hidden, ref_head)], chunk=1024)
-    loss = jnp.sum(jnp.where(mask, values, 0)) / jnp.sum(mask)
+    loss = token_mean(values, mask)
 
 Every sum over V is a plain reduction, so V may be sharded.
 """
@@ -82,23 +83,37 @@ def flatness_per_token(logits: jax.Array) -> jax.Array:
     return jnp.square(jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1))
 
 
-def kl(logits: jax.Array, ref_logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
+def kl(
+    logits: jax.Array,
+    ref_logits: jax.Array,
+    mask: jax.Array,
+    *,
+    num_tokens: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
     """Mean KL(p_ref || p) over the tokens that count: keeps what is retained as it was.
 
     Args:
       logits: [B, C, V] of the policy, at the positions that predict each token.
       ref_logits: [B, C, V] of the reference; gets no gradient.
       mask: [B, C], true where a token counts. Padding is no part of the mean.
+      num_tokens: [] divisor of the mean; None for the tokens of the mask.
 
     Returns:
       The loss in nats a token, and {"kl"}.
     """
-    loss = token_mean(kl_per_token(_counted(logits, mask), _counted(ref_logits, mask)), mask)
+    loss = token_mean(
+        kl_per_token(_counted(logits, mask), _counted(ref_logits, mask)), mask, num_tokens
+    )
     return loss, {"kl": loss}
 
 
 def kd(
-    logits: jax.Array, teacher_logits: jax.Array, mask: jax.Array, *, temperature: float = 1.0
+    logits: jax.Array,
+    teacher_logits: jax.Array,
+    mask: jax.Array,
+    *,
+    temperature: float = 1.0,
+    num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Knowledge distillation from a teacher's distributions (Hinton et al. 2015, arXiv 1503.02531).
 
@@ -107,27 +122,31 @@ def kd(
       teacher_logits: [B, C, V] of the teacher; gets no gradient.
       mask: [B, C], true where a token counts.
       temperature: T, of both distributions; the loss is scaled by T^2.
+      num_tokens: [] divisor of the mean; None for the tokens of the mask.
 
     Returns:
       The loss, and {"kd"}.
     """
     logits, teacher_logits = _counted(logits, mask), _counted(teacher_logits, mask)
-    loss = token_mean(kd_per_token(logits, teacher_logits, temperature), mask)
+    loss = token_mean(kd_per_token(logits, teacher_logits, temperature), mask, num_tokens)
     return loss, {"kd": loss}
 
 
-def ceu(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
+def ceu(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array, *, num_tokens: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """CE-U (Yang 2025, arXiv 2503.01224): see `ceu_per_token`.
 
     Args:
       logits: [B, C, V] of the policy.
       targets: [B, C] ids to forget.
       mask: [B, C], true where a token counts.
+      num_tokens: [] divisor of the mean; None for the tokens of the mask.
 
     Returns:
       The loss, and {"forget/ceu"}.
     """
-    loss = token_mean(ceu_per_token(_counted(logits, mask), targets), mask)
+    loss = token_mean(ceu_per_token(_counted(logits, mask), targets), mask, num_tokens)
     return loss, {"forget/ceu": loss}
 
 
@@ -138,6 +157,7 @@ def undial(
     mask: jax.Array,
     *,
     beta: float = 10.0,
+    num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """UNDIAL (Dong et al. 2024, arXiv 2402.10052): see `undial_per_token`.
 
@@ -147,26 +167,30 @@ def undial(
       targets: [B, C] ids to forget.
       mask: [B, C], true where a token counts. Padding is no part of the mean.
       beta: how far the target token's logit is lowered.
+      num_tokens: [] divisor of the mean; None for the tokens of the mask.
 
     Returns:
       The loss, and {"forget/undial"}.
     """
     logits, ref_logits = _counted(logits, mask), _counted(ref_logits, mask)
-    loss = token_mean(undial_per_token(logits, ref_logits, targets, beta), mask)
+    loss = token_mean(undial_per_token(logits, ref_logits, targets, beta), mask, num_tokens)
     return loss, {"forget/undial": loss}
 
 
-def flatness(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
+def flatness(
+    logits: jax.Array, mask: jax.Array, *, num_tokens: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """PDU's forget loss: logits are made flat (arXiv 2506.05314); see also `dual_ascent`.
 
     Args:
       logits: [B, C, V] of the policy.
       mask: [B, C], true where a token counts.
+      num_tokens: [] divisor of the mean; None for the tokens of the mask.
 
     Returns:
       The loss, and {"forget/flatness"}.
     """
-    loss = token_mean(flatness_per_token(_counted(logits, mask)), mask)
+    loss = token_mean(flatness_per_token(_counted(logits, mask)), mask, num_tokens)
     return loss, {"forget/flatness": loss}
 
 

@@ -25,17 +25,22 @@ def nll(
     token_logps: jax.Array,
     mask: jax.Array,
     average: Literal["sequence", "token"] = "sequence",
+    *,
+    num_tokens: jax.Array | None = None,
+    num_sequences: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Negative log-likelihood of completions, in nats per token.
 
     ``-mean_b( sum_c m log p / sum_c m )`` for "sequence", ``-sum m log p / sum m`` for "token".
-    With "sequence" every completion weighs the same, and so the mean over micro-batches equals the
-    mean over the batch; "token" is what TRL's SFT computes.
+    With "sequence" every completion weighs the same; "token" is what TRL's SFT computes.
 
     Args:
       token_logps: [B, C] log-probabilities of the completion tokens, in nats.
       mask: [B, C], true where a token counts. Rows without any do not count at all.
-      average: what is averaged.
+      average: over completions of their means over tokens, or over all tokens.
+      num_tokens: [] divisor with "token"; None for the tokens of the mask. Of a micro-batch, it is
+        the count of the whole batch divided by the number of micro-batches.
+      num_sequences: [] the same with "sequence", of the rows that have tokens.
 
     Returns:
       The loss, and {"nll": loss}.
@@ -43,8 +48,10 @@ def nll(
     sums = sequence_logps(token_logps, mask)
     counts = jnp.sum(mask, axis=-1).astype(sums.dtype)
     if average == "token":
-        loss = -jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
+        total, count, given = jnp.sum(sums), jnp.sum(counts), num_tokens
     else:
-        rows = jnp.sum(counts > 0).astype(sums.dtype)
-        loss = -jnp.sum(sums / jnp.maximum(counts, 1.0)) / jnp.maximum(rows, 1.0)
+        total = jnp.sum(sums / jnp.maximum(counts, 1.0))
+        count, given = jnp.sum(counts > 0).astype(sums.dtype), num_sequences
+    divisor = jnp.maximum(count, 1.0) if given is None else jnp.asarray(given, sums.dtype)
+    loss = -total / divisor
     return loss, {"nll": loss}

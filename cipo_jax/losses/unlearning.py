@@ -3,7 +3,8 @@
 Token log-probabilities are [B, C] in nats, of the tokens of completions, beside a mask [B, C] that
 is true where a token counts: the span to act on (chain of thought, answer, or both) is a matter of
 the mask. Masked entries may hold anything, NaN included. Every loss is to be minimized, so those
-that push a likelihood down are increasing in it.
+that push a likelihood down are increasing in it. Of a micro-batch, `num_tokens` and `num_sequences`
+are the counts of the whole batch divided by the number of micro-batches; None counts the mask.
 """
 
 import jax
@@ -14,7 +15,9 @@ from cipo_jax.losses.likelihood import nll
 from cipo_jax.losses.preference import dpo
 
 
-def ga(token_logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
+def ga(
+    token_logps: jax.Array, mask: jax.Array, *, num_tokens: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
     """Gradient ascent on the NLL (Jang et al. 2023, arXiv 2210.01504).
 
     ``mean log p`` over tokens: the NLL with its sign turned. Unbounded below: it ruins a model.
@@ -22,11 +25,12 @@ def ga(token_logps: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics]:
     Args:
       token_logps: [B, C] log-probabilities of the tokens to forget.
       mask: [B, C], true where a token counts.
+      num_tokens: [] divisor of the mean.
 
     Returns:
       The loss, and {"forget/nll"}.
     """
-    loss = token_mean(token_logps, mask)
+    loss = token_mean(token_logps, mask, num_tokens)
     return loss, {"forget/nll": -loss}
 
 
@@ -38,6 +42,8 @@ def grad_diff(
     *,
     gamma: float = 1.0,
     alpha: float = 1.0,
+    forget_num_tokens: jax.Array | None = None,
+    retain_num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Gradient difference (Liu et al. 2022, arXiv 2203.12817; TOFU, arXiv 2401.06121).
 
@@ -50,12 +56,14 @@ def grad_diff(
       retain_mask: [B', C'], true where a token counts.
       gamma: weight of what is forgotten.
       alpha: weight of what is kept.
+      forget_num_tokens: [] divisor of the first mean.
+      retain_num_tokens: [] divisor of the second mean.
 
     Returns:
       The loss, and {"forget/nll", "retain/nll"}.
     """
-    forget, metrics = ga(forget_logps, forget_mask)
-    retain, _ = nll(retain_logps, retain_mask, "token")
+    forget, metrics = ga(forget_logps, forget_mask, num_tokens=forget_num_tokens)
+    retain, _ = nll(retain_logps, retain_mask, "token", num_tokens=retain_num_tokens)
     return gamma * forget + alpha * retain, metrics | {"retain/nll": retain}
 
 
@@ -100,7 +108,13 @@ def simnpo(
     return loss, {"forget/nll": jnp.mean(per_token)}
 
 
-def wga(token_logps: jax.Array, mask: jax.Array, *, beta: float = 1.0) -> tuple[jax.Array, Metrics]:
+def wga(
+    token_logps: jax.Array,
+    mask: jax.Array,
+    *,
+    beta: float = 1.0,
+    num_tokens: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
     """Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301).
 
     ``mean sg[p^b] log p`` over tokens: what is unlikely already is pushed less. sg stops the
@@ -110,17 +124,24 @@ def wga(token_logps: jax.Array, mask: jax.Array, *, beta: float = 1.0) -> tuple[
       token_logps: [B, C] log-probabilities of the tokens to forget.
       mask: [B, C], true where a token counts.
       beta: 0 is gradient ascent.
+      num_tokens: [] divisor of the mean.
 
     Returns:
       The loss, and {"forget/nll"} without the weights.
     """
     logps = jnp.where(mask, token_logps, 0.0)
     weights = jax.lax.stop_gradient(jnp.exp(beta * logps))
-    return token_mean(weights * logps, mask), {"forget/nll": -token_mean(logps, mask)}
+    plain = token_mean(logps, mask, num_tokens)
+    return token_mean(weights * logps, mask, num_tokens), {"forget/nll": -plain}
 
 
 def satimp(
-    token_logps: jax.Array, mask: jax.Array, *, beta1: float = 5.0, beta2: float = 1.0
+    token_logps: jax.Array,
+    mask: jax.Array,
+    *,
+    beta1: float = 5.0,
+    beta2: float = 1.0,
+    num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Saturation and importance weights (Yang et al. 2025, arXiv 2505.11953).
 
@@ -132,6 +153,7 @@ def satimp(
       mask: [B, C], true where a token counts.
       beta1: power of p.
       beta2: power of 1 - p.
+      num_tokens: [] divisor of the mean.
 
     Returns:
       The loss, and {"forget/nll"} without the weights.
@@ -139,7 +161,8 @@ def satimp(
     logps = jnp.where(mask, token_logps, 0.0)
     probs = jnp.exp(logps)
     weights = jax.lax.stop_gradient(probs**beta1 * (1.0 - probs) ** beta2)
-    return token_mean(weights * logps, mask), {"forget/nll": -token_mean(logps, mask)}
+    plain = token_mean(logps, mask, num_tokens)
+    return token_mean(weights * logps, mask, num_tokens), {"forget/nll": -plain}
 
 
 def idk_dpo(
@@ -181,6 +204,9 @@ def tru(
     *,
     alpha: float = 0.1,
     retain_weight: float = 1.0,
+    trace_num_sequences: jax.Array | None = None,
+    forget_num_tokens: jax.Array | None = None,
+    retain_num_tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Targeted reasoning unlearning (TRU, arXiv 2603.09980).
 
@@ -198,13 +224,22 @@ def tru(
       retain_mask: [B'', C''], true where a token counts.
       alpha: weight of GradDiff.
       retain_weight: lambda, of what is kept within GradDiff.
+      trace_num_sequences: [] divisor of the mean over traces.
+      forget_num_tokens: [] divisor of the first mean of GradDiff.
+      retain_num_tokens: [] divisor of the second mean of GradDiff.
 
     Returns:
       The loss, and {"target/nll", "forget/nll", "retain/nll"}.
     """
-    target, _ = nll(trace_logps, trace_mask)
+    target, _ = nll(trace_logps, trace_mask, num_sequences=trace_num_sequences)
     away, metrics = grad_diff(
-        forget_logps, forget_mask, retain_logps, retain_mask, alpha=retain_weight
+        forget_logps,
+        forget_mask,
+        retain_logps,
+        retain_mask,
+        alpha=retain_weight,
+        forget_num_tokens=forget_num_tokens,
+        retain_num_tokens=retain_num_tokens,
     )
     return target + alpha * away, metrics | {"target/nll": target}
 

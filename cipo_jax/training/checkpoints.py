@@ -1,53 +1,67 @@
-"""Orbax checkpoints: the parameters at the end of each phase, the whole state inside of one.
+"""Orbax checkpoints: the result of each phase, and the whole state in the middle of one.
 
-``checkpoints/NAME`` holds the parameters that a phase ended with; ``checkpoints/NAME.steps/STEP``
-holds parameters, optimizer state and step in the middle of it. The data position needs no state
-of its own: the order of the data is a pure function of (seed, phase, step). Orbax writes to a
-temporary name and renames, so a checkpoint is there whole or not at all.
+``checkpoints/NAME`` holds the `PhaseResult` of a phase; ``checkpoints/NAME.steps/STEP`` holds the
+`TrainState` after a step of it. Both are stored as dicts of their fields, without the empty ones.
+The data position needs no state of its own: the order of the data is a pure function of (seed,
+phase, step). Orbax writes to a temporary name and renames, so a checkpoint exists whole or not at
+all.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
 
 from cipo_jax.errors import UserError
+from cipo_jax.training.step import PhaseResult, TrainState
 from cipo_jax.typing import Params
+
+_Struct = TypeVar("_Struct", PhaseResult, TrainState)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Phases are saved as {"params"} and, if kept, {"ema"}.
-
-    With clean=False nothing in the folder is touched: the run may still be going on.
-    """
+    """The checkpoints of one run."""
 
     def __init__(self, root: str | Path, clean: bool = True):
+        """Opens a folder of checkpoints.
+
+        Args:
+          root: the folder.
+          clean: whether to make the folder and remove the remains of killed writes. False leaves
+            it as it is, for a reader while the run may still be going on.
+        """
         self.root = Path(root).absolute()
         if not clean:
             return
         self.root.mkdir(parents=True, exist_ok=True)
-        # What a killed process was in the middle of writing.
+        # Remains of writes that a kill interrupted.
         for left in self.root.glob("**/*orbax-checkpoint-tmp*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def save_phase(self, name: str, params: Params) -> None:
-        """Saves the parameters that a phase ends with, then drops its steps."""
-        self._save(self.root / name, params)
+    def save_phase(self, name: str, result: PhaseResult) -> None:
+        """Saves the result of a phase, then deletes its steps."""
+        self._save(self.root / name, _fields(result))
         shutil.rmtree(self._steps(name), ignore_errors=True)
 
-    def load_phase(self, name: str, abstract: Params) -> Params:
-        """Restores a phase's parameters into the given shapes and shardings."""
-        return self._load(self.root / name, abstract)
+    def load_phase(self, name: str, abstract: PhaseResult) -> PhaseResult:
+        """Restores the result of a phase; `abstract` as of `TrainStep.abstract_result`.
+
+        Its fields that are empty are not read.
+        """
+        return self._restore(self.root / name, abstract)
 
     def has_phase(self, name: str) -> bool:
         return (self.root / name).is_dir()
 
     def drop_phase(self, name: str) -> None:
-        """Deletes a phase's parameters, should they be there."""
+        """Deletes the result of a phase, if there is one."""
         shutil.rmtree(self.root / name, ignore_errors=True)
 
-    def save_step(self, name: str, step: int, state: Any) -> None:
-        """Saves the state after `step` steps of a phase, then drops earlier ones."""
-        self._save(self._steps(name) / f"{step:08d}", state)
+    def save_step(self, name: str, step: int, state: TrainState) -> None:
+        """Saves the state after `step` steps of a phase, then deletes earlier ones."""
+        self._save(self._steps(name) / f"{step:08d}", _fields(state))
         for older in self._saved_steps(name)[:-1]:
             shutil.rmtree(self._steps(name) / f"{older:08d}")
 
@@ -56,12 +70,12 @@ class Checkpoints:
         steps = self._saved_steps(name)
         return steps[-1] if steps else None
 
-    def load_step(self, name: str, step: int, abstract: Any) -> Any:
-        """Restores the state after `step` steps into the given shapes and shardings."""
-        return self._load(self._steps(name) / f"{step:08d}", abstract)
+    def load_step(self, name: str, step: int, abstract: TrainState) -> TrainState:
+        """Restores the state after `step` steps; `abstract` as of `TrainStep.abstract_state`."""
+        return self._restore(self._steps(name) / f"{step:08d}", abstract)
 
     def choose(self, name: str = "") -> tuple[str, int | None]:
-        """A phase to export: the named one, or the last; and the step, where it is not finished.
+        """A phase to export, the named one or the last, and its step if it is not finished.
 
         Raises:
           UserError: where there is no such phase, or none at all.
@@ -78,7 +92,7 @@ class Checkpoints:
         return chosen, phases[chosen]
 
     def load_params(self, name: str, step: int | None, abstract: Params) -> Params:
-        """The parameters alone, of a phase's end or of one of its steps."""
+        """The parameters alone, of a finished phase or of one of its steps."""
         path = self.root / name if step is None else self._steps(name) / f"{step:08d}"
         return self._load(path, {"params": abstract}, partial=True)["params"]
 
@@ -88,6 +102,11 @@ class Checkpoints:
     def _saved_steps(self, name: str) -> list[int]:
         folder = self._steps(name)
         return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+    def _restore(self, path: Path, abstract: _Struct) -> _Struct:
+        # More may be stored than is asked for, such as a moving average.
+        loaded = self._load(path, _fields(abstract), partial=True)
+        return abstract.replace(**loaded)
 
     @staticmethod
     def _save(path: Path, state: Any) -> None:
@@ -104,3 +123,9 @@ class Checkpoints:
         )
         with ocp.Context(pytree_options=options):
             return ocp.load(str(path), abstract)
+
+
+def _fields(struct: PhaseResult | TrainState) -> dict[str, Any]:
+    """The fields that hold anything, by name."""
+    fields = {f.name: getattr(struct, f.name) for f in dataclasses.fields(struct)}
+    return {name: value for name, value in fields.items() if jax.tree.leaves(value)}

@@ -1,5 +1,6 @@
 """One phase of optimization on the host: steps, checkpoints, a clean stop."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,88 +8,140 @@ from typing import Any
 import jax
 
 from cipo_jax.training.checkpoints import Checkpoints
-from cipo_jax.training.step import Batch, Trainer
-from cipo_jax.typing import Params
+from cipo_jax.training.optimizer import Schedule
+from cipo_jax.training.step import Batch, PhaseResult, TrainState, TrainStep
+from cipo_jax.typing import Array, Params
 
 
 class Diverged(Exception):
-    """The loss or the gradient stopped being a number."""
+    """The loss or the gradient stopped being a finite number."""
 
 
-def run_phase(
-    name: str,
-    trainer: Trainer,
-    update: Callable[..., Any],
-    start: dict[str, Params],
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A number of steps with an optimizer of their own.
+
+    Attributes:
+      name: of its checkpoints.
+      step: the update.
+      schedule: of the learning rate; None where the optimizer is not an `AdamW`.
+      num_steps: steps of the phase.
+      checkpoint_every: steps between two checkpoints.
+      key: base key of the adapters' dropout; None where there is none.
+    """
+
+    name: str
+    step: TrainStep
+    schedule: Schedule | None
+    num_steps: int
+    checkpoint_every: int
+    key: Array | None = None
+
+
+def _ignore(*args: Any) -> None:
+    del args
+
+
+@dataclasses.dataclass(frozen=True)
+class Callbacks:
+    """What a phase reports while it runs. By default nothing happens.
+
+    Attributes:
+      on_step: gets the number of steps done and the metrics of the last of them, once a step.
+      on_save: called after each checkpoint of a step.
+      should_stop: asked after every step; if true the state is saved and the phase ends.
+    """
+
+    on_step: Callable[[int, dict[str, float]], None] = _ignore
+    on_save: Callable[[], None] = _ignore
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def train_phase(
+    phase: Phase,
+    initial: PhaseResult | Callable[[], PhaseResult],
     batch_at: Callable[[int], Batch],
-    steps: int,
     checkpoints: Checkpoints,
-    checkpoint_every: int,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-    on_save: Callable[[], None] = lambda: None,
-    stop_asked: Callable[[], bool] = lambda: False,
-    frozen: Params | None = None,
-) -> dict[str, Params] | None:
-    """Optimizes parameters for `steps` steps, going on from the phase's last checkpoint.
+    callbacks: Callbacks | None = None,
+    frozen: Params = None,
+) -> PhaseResult | None:
+    """Optimizes parameters for the steps of a phase, resuming from its last checkpoint if any.
 
-    The metrics of step i are read while step i + 1 runs, so the host does not hold the device up.
+    The metrics of step i are read while step i + 1 runs, so the host does not hold up the device.
 
     Args:
-      name: of the phase, for its checkpoints.
-      trainer: whose state is trained.
-      update: `trainer.make_update()`, made once and shared by phases of one kind.
-      start: {"params"} and, where the trainer keeps a moving average, {"ema"}.
-      batch_at: the batch of a step, by step number alone.
-      steps: number of steps.
-      checkpoints: where to.
-      checkpoint_every: steps between two checkpoints.
-      on_step: called with the number of steps done and the metrics of the last of them.
-      on_save: called after each checkpoint.
-      stop_asked: asked after every step; if true the state is saved and None returned.
-      frozen: the base of adapters; None where all parameters are trained.
+      phase: the update and its numbers.
+      initial: what the phase starts from: parameters, their moving average (the parameters by
+        default) and the objective's named numbers (its own by default). A callable is called only
+        if the phase has no checkpoint, and gives its arrays up, so that no second copy of them
+        lives; otherwise they are copied.
+      batch_at: the batch of a step, a pure function of the step's number.
+      checkpoints: those of the run. The result is not saved here; see `Checkpoints.save_phase`.
+      callbacks: of the run.
+      frozen: base parameters in the compute dtype, where the step needs them.
 
     Returns:
-      What the phase ends with, in the form of `start`; None if it was asked to stop.
+      The result of the phase; None if it was asked to stop.
 
     Raises:
       Diverged: naming the step; the last good checkpoint stays.
     """
-    done = checkpoints.latest_step(name)
+    callbacks = callbacks or Callbacks()
+    done = checkpoints.latest_step(phase.name)
     if done is None:
-        state, done = trainer.init(**start), 0
+        state, done = _start(phase, initial), 0
     else:
-        state = checkpoints.load_step(name, done, trainer.abstract_state())
+        state = checkpoints.load_step(phase.name, done, phase.step.abstract_state())
+    del initial  # Its arrays may be large.
 
     pending: tuple[int, Any] | None = None
 
     def settle() -> None:
         nonlocal pending
-        if pending is None:
-            return
-        step, metrics = pending
-        pending = None
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        bad = [k for k in ("loss", "grad_norm") if not math.isfinite(values[k])]
-        if bad:
-            last = checkpoints.latest_step(name)
-            kept = f"the checkpoint of step {last}" if last else "the checkpoint before this phase"
-            raise Diverged(
-                f"{name}: {bad[0]} is {values[bad[0]]} at step {step}; {kept} is kept. "
-                "Lower the learning rate, or look at the batch of that step"
-            )
-        on_step(step, values)
+        if pending is not None:
+            step, metrics = pending
+            pending = None
+            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            _check_finite(phase.name, step, values, checkpoints)
+            callbacks.on_step(step, values)
 
-    while done < steps:
-        state, metrics = update(state, frozen or {}, trainer.put(batch_at(done)))
+    while done < phase.num_steps:
+        batch = phase.step.put(batch_at(done))
+        state, metrics = phase.step(state, batch, frozen, phase.key)
         settle()
         done += 1
         pending = (done, metrics)
-        stop = stop_asked()
-        if stop or (done % checkpoint_every == 0 and done < steps):
+        stop = callbacks.should_stop()
+        if stop or (done % phase.checkpoint_every == 0 and done < phase.num_steps):
             settle()
-            checkpoints.save_step(name, done, state)
-            on_save()
+            checkpoints.save_step(phase.name, done, state)
+            callbacks.on_save()
         if stop:
             return None
     settle()
-    return {k: state[k] for k in ("params", "ema") if k in state}
+    return state.result()
+
+
+def _start(phase: Phase, initial: PhaseResult | Callable[[], PhaseResult]) -> TrainState:
+    donate = not isinstance(initial, PhaseResult)
+    result = initial() if callable(initial) else initial
+    return phase.step.init(
+        result.params,
+        ema=result.ema,
+        schedule=phase.schedule,
+        aux_state=result.aux_state or None,
+        donate=donate,
+    )
+
+
+def _check_finite(
+    name: str, step: int, metrics: dict[str, float], checkpoints: Checkpoints
+) -> None:
+    bad = [k for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])]
+    if bad:
+        last = checkpoints.latest_step(name)
+        kept = f"the checkpoint of step {last}" if last else "the checkpoint before this phase"
+        raise Diverged(
+            f"{name}: {bad[0]} is {metrics[bad[0]]} at step {step}; {kept} is kept. "
+            "Lower the learning rate, or look at the batch of that step"
+        )

@@ -18,7 +18,7 @@ from cipo_jax.typing import Params
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# Paths of the training layout. The first rule that matches wins.
+# Paths of the training layout, layers stacked. The first rule that matches wins.
 _RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed$", PartitionSpec("tensor", "fsdp")),
     (r"head$", PartitionSpec("fsdp", "tensor")),
@@ -30,7 +30,10 @@ _RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/.*/down/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"layers/.*/(o|down)/bias$", PartitionSpec(None, "fsdp")),
     (r"scale$", PartitionSpec()),
-    # Adapters: what meets an activation is split as it is, ranks never are.
+)
+
+# Adapters: an axis that meets an activation is split as the activation is, ranks never are.
+_ADAPTER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/.*/[qkv]/a$", PartitionSpec(None, "fsdp", None)),
     (r"layers/.*/[qkv]/b$", PartitionSpec(None, None, "tensor", None)),
     (r"layers/.*/o/a$", PartitionSpec(None, "tensor", None, None)),
@@ -52,9 +55,9 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
-        known = math.prod(s for s in sizes if s != -1)
-        fits = known > 0 and len(devices) % known == 0
-        sizes[sizes.index(-1)] = len(devices) // known if fits else 0
+        given = math.prod(s for s in sizes if s != -1)
+        fits = given > 0 and len(devices) % given == 0
+        sizes[sizes.index(-1)] = len(devices) // given if fits else 0
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
             f"config.mesh: data {data} x fsdp {fsdp} x tensor {tensor} does not cover the "
@@ -80,7 +83,7 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
     Raises:
       UserError: naming the parameter and the axis, where a dimension does not divide.
     """
-    return _shardings(params, mesh, _RULES)
+    return _shardings(params, mesh, _RULES + _ADAPTER_RULES)
 
 
 def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]) -> Params:
@@ -108,19 +111,15 @@ def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-# Paths of the decoding layout: heads, feed-forward and vocabulary over tensor, copies elsewhere.
-_DECODING_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed$", PartitionSpec("tensor", None)),
-    (r"head$", PartitionSpec(None, "tensor")),
-    (r"layers/.*/[qkv]/kernel$", PartitionSpec(None, "tensor", None)),
-    (r"layers/.*/[qkv]/bias$", PartitionSpec("tensor", None)),
-    (r"layers/.*/o/kernel$", PartitionSpec("tensor", None, None)),
-    (r"layers/.*/(gate|up)/kernel$", PartitionSpec(None, "tensor")),
-    (r"layers/.*/(gate|up)/bias$", PartitionSpec("tensor")),
-    (r"layers/.*/down/kernel$", PartitionSpec("tensor", None)),
-    (r"layers/.*/(o|down)/bias$", PartitionSpec()),
-    (r"scale$", PartitionSpec()),
-)
+def _decoding_rule(rule: str, spec: PartitionSpec) -> tuple[str, PartitionSpec]:
+    """A rule of the training layout, without the layers' axis and with copies over fsdp."""
+    axes = spec[1:] if rule.startswith("layers") else spec[:]
+    axes = tuple(None if axis == "fsdp" else axis for axis in axes)
+    return rule, PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+# Paths of the decoding layout, which has no adapters.
+_DECODING_RULES = tuple(_decoding_rule(*rule) for rule in _RULES)
 
 
 def decoding_shardings(params: Params, mesh: Mesh) -> Params:

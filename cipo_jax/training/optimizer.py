@@ -1,98 +1,158 @@
-"""AdamW with warm-up, decay and clipping, from optax; the schedule's numbers are data."""
+"""AdamW with warm-up, learning-rate schedule and clipping; the schedule's numbers are data.
 
-from typing import Any, NamedTuple
+The schedule is part of the optimizer's state, so phases of other lengths and learning rates share
+one compiled update.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cipo_jax.config import TrainConfig
 from cipo_jax.typing import Array, Params
 
+LrSchedule = Literal["constant", "linear", "cosine"]
 
-class Plan(NamedTuple):
-    """Where a schedule is, and what it goes by: numbers of the optimizer's state.
 
-    Phases of other lengths and learning rates then share one compiled update.
+class OptimizerSettings(Protocol):
+    """The optimizer's part of a training config."""
+
+    lr: float
+    warmup_steps: int
+    lr_schedule: LrSchedule
+    weight_decay: float
+    b1: float
+    b2: float
+    max_grad_norm: float
+
+
+class Schedule(NamedTuple):
+    """Position and numbers of a learning-rate schedule.
+
+    Attributes:
+      done: steps taken.
+      lr: the peak learning rate.
+      warmup_steps: steps of linear warm-up.
+      num_steps: steps of the phase, at which a decaying schedule reaches zero.
     """
 
-    done: Array  # steps
-    lr: Array
-    warmup: Array  # steps
-    steps: Array
+    done: int | Array = 0
+    lr: float | Array = 0.0
+    warmup_steps: int | Array = 0
+    num_steps: int | Array = 1
+
+    @classmethod
+    def from_config(cls, settings: OptimizerSettings, num_steps: int) -> "Schedule":
+        """The schedule of a phase of `num_steps` steps; a shorter phase has a shorter warm-up."""
+        return cls(0, settings.lr, min(settings.warmup_steps, max(num_steps - 1, 0)), num_steps)
+
+    def as_arrays(self) -> "Schedule":
+        """The same with int32 and float32 arrays, as the optimizer's state holds them."""
+        done, warmup_steps, num_steps = (
+            jnp.asarray(n, jnp.int32) for n in (self.done, self.warmup_steps, self.num_steps)
+        )
+        return Schedule(done, jnp.asarray(self.lr, jnp.float32), warmup_steps, num_steps)
 
 
-def learning_rate(plan: Plan, decay: str) -> Array:
-    """Linear warm-up, then "constant", or "linear" or "cosine" decay to zero at `steps`."""
-    done, warmup = plan.done.astype(jnp.float32), plan.warmup.astype(jnp.float32)
-    rest = jnp.maximum(plan.steps.astype(jnp.float32) - warmup, 1.0)
+def learning_rate(schedule: Schedule, lr_schedule: LrSchedule) -> Array:
+    """Linear warm-up, then "constant", or "linear" or "cosine" decay to zero at `num_steps`."""
+    done, lr, warmup_steps, num_steps = schedule.as_arrays()
+    done, warmup = done.astype(jnp.float32), warmup_steps.astype(jnp.float32)
+    rest = jnp.maximum(num_steps.astype(jnp.float32) - warmup, 1.0)
     part = jnp.clip((done - warmup) / rest, 0.0, 1.0)
     factor = {
         "constant": jnp.ones_like(part),
         "linear": 1.0 - part,
         "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * part)),
-    }[decay]
+    }[lr_schedule]
     # The first step already moves: warm-up starts at lr / (warmup + 1), not at zero.
     rise = jnp.minimum((1.0 + done) / (1.0 + warmup), 1.0)
-    return plan.lr * jnp.where(done < warmup, rise, factor)
+    return lr * jnp.where(done < warmup, rise, factor)
 
 
-def _plan(config: TrainConfig, steps: int) -> Plan:
-    warmup = min(config.warmup_steps, max(steps - 1, 0))
-    done, rises, steps_ = (jnp.asarray(n, jnp.int32) for n in (0, warmup, steps))
-    return Plan(done, jnp.asarray(config.lr, jnp.float32), rises, steps_)
-
-
-def make_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Learning rate of each of a phase's steps."""
-    plan = _plan(config, steps)
-    return lambda step: learning_rate(plan._replace(done=jnp.asarray(step)), config.decay)
-
-
-def scale_by_schedule(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Turns directions into steps down the loss, of the length that the schedule says."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Plan]:
-        del params
-        plan: Plan = state
-        rate = learning_rate(plan, config.decay)
-        updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
-        return updates, plan._replace(done=plan.done + 1)
-
-    return optax.GradientTransformation(lambda params: _plan(config, steps), update)
-
-
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """Scales all gradients down together where their norm exceeds `largest`.
+def clip_by_global_norm(updates: Params, max_norm: float) -> Params:
+    """Scales all gradients down together where their norm exceeds `max_norm`.
 
     optax's divides and selects, for which XLA makes a second copy of all gradients; one product
-    goes into what follows.
+    fuses into the operations that follow.
+    """
+    scale = max_norm / jnp.maximum(optax.global_norm(updates), max_norm)
+    return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates)
+
+
+def decays(params: Params) -> Params:
+    """The mask of weight decay: true for matrices, false for norm scales and biases."""
+
+    # By name: stacked layers add an axis, so the number of dimensions tells nothing.
+    def is_matrix(path, x):
+        del x
+        return path[-1].key not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+class AdamWState(NamedTuple):
+    """First and second moments (`mu`, `nu`), and the schedule."""
+
+    moments: optax.ScaleByAdamState
+    schedule: Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    A value: equal optimizers share a compiled update. `init` and `update` are those of an
+    `optax.GradientTransformation`, except that `init` takes the schedule as well.
+
+    Attributes:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      weight_decay: of matrices; norm scales and biases have none.
+      max_grad_norm: global norm to which gradients are clipped; 0 for no clipping.
+      lr_schedule: shape of the learning rate after warm-up; see `learning_rate`.
     """
 
-    def update(updates: Params, state: Any, params: Params = None) -> tuple[Params, Any]:
-        del params
-        scale = largest / jnp.maximum(optax.global_norm(updates), largest)
-        return jax.tree.map(lambda u: (scale * u).astype(u.dtype), updates), state
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_schedule: LrSchedule = "constant"
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    @classmethod
+    def from_config(cls, settings: OptimizerSettings) -> "AdamW":
+        """The optimizer of a training config; see `Schedule.from_config` for its numbers."""
+        return cls(
+            settings.b1,
+            settings.b2,
+            settings.weight_decay,
+            settings.max_grad_norm,
+            settings.lr_schedule,
+        )
+
+    def init(self, params: Params, schedule: Schedule | None = None) -> AdamWState:
+        """Zero moments, and the schedule; without one the learning rate is zero."""
+        return AdamWState(self._adam.init(params), (schedule or Schedule()).as_arrays())
+
+    def update(
+        self, updates: Params, state: AdamWState, params: Params
+    ) -> tuple[Params, AdamWState]:
+        """Gradients to the differences that `optax.apply_updates` adds to the parameters."""
+        if self.max_grad_norm:
+            updates = clip_by_global_norm(updates, self.max_grad_norm)
+        updates, moments = self._adam.update(updates, state.moments, params)
+        decay = optax.add_decayed_weights(self.weight_decay, mask=decays)
+        updates, _ = decay.update(updates, decay.init(params), params)
+        rate = learning_rate(state.schedule, self.lr_schedule)
+        updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
+        schedule = state.schedule._replace(done=state.schedule.done + 1)
+        return updates, AdamWState(moments, schedule)
+
+    @property
+    def _adam(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2)
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of one phase. Weight decay leaves vectors (norm scales, biases) alone."""
-
-    def decayed(params: Params) -> Params:
-        # By name: stacked layers add an axis, so the number of dimensions tells nothing.
-        def is_matrix(path, x):
-            del x
-            return path[-1].key not in ("scale", "bias")
-
-        return jax.tree_util.tree_map_with_path(is_matrix, params)
-
-    parts = [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        scale_by_schedule(config, steps),
-    ]
-    if config.clip:
-        parts.insert(0, clip_by_global_norm(config.clip))
-    return optax.chain(*parts)
+Optimizer = AdamW | optax.GradientTransformation

@@ -1,15 +1,27 @@
-"""The update step: one jitted, donated, mesh-sharded pure function for every objective."""
+"""The update step: one jitted, donated, mesh-sharded pure function for every objective.
+
+    step = TrainStep(policy, objective, AdamW(), mesh)
+    state = step.init(params, schedule=Schedule(lr=1e-5))
+    for batch in batches:
+        state, metrics = step(state, step.put(batch))
+
+A `TrainStep` is a value: it is a static argument of the one jitted update, so equal steps share one
+compiled program. Everything that may differ between phases of one program is an argument or part of
+the state.
+"""
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import struct
 from jax.sharding import Mesh
 
+from cipo_jax.data.batches import CompletionBatch
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
@@ -18,46 +30,54 @@ from cipo_jax.models.decoder import (
     hidden_states,
     layer_states,
 )
+from cipo_jax.models.lora import Lora
 from cipo_jax.models.trainable import Trainable, abstract_trainable, assemble
 from cipo_jax.ops.token_logps import token_logps
-from cipo_jax.training.mesh import batch_sharding, param_shardings, replicated
+from cipo_jax.training.mesh import abstract_on, batch_sharding, replicated
+from cipo_jax.training.optimizer import AdamW, Optimizer, Schedule
 from cipo_jax.typing import Array, Float, Int, Params
 
 Metrics = dict[str, Array]
-# {"params", "opt_state", "step"} and, where it is wanted, "ema" or "carried". "params" is what is
-# trained: all parameters, or a part of them.
-State = dict[str, Any]
+AuxState = dict[str, Array]  # Named numbers that go from step to step.
 Batch = dict[str, Any]  # Named groups of `data.batches.CompletionBatch`, and per-row arrays.
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What an objective may ask of a model, as functions of (params, batch).
+    """The functions of a model that objectives are made of. Static where it has no dropout key.
 
     Attributes:
-      config: the model's shape.
+      config: shape of the model.
       compute: dtype and kernels.
-      reference: the model as it came in, for objectives that ask for its distributions or
-        activations; None or {} for the others. It gets no gradient.
-      carried: numbers that go from step to step; see `Carried`.
+      dropout_key: of the adapters' dropout in this step; None for no dropout.
     """
 
     config: DecoderConfig
     compute: Compute
-    reference: Params = None
-    carried: Any = None
+    dropout_key: Array | None = None
 
     def completion_states(self, params: Params, sequences: Any) -> Float[Array, "B C D"]:
         """Final hidden states at the positions that predict each completion token."""
         hidden = hidden_states(
-            self.config, self.compute, params, sequences.tokens, _known(sequences)
+            self.config,
+            self.compute,
+            params,
+            sequences.tokens,
+            seq_len_at_token=_seq_len_at_token(sequences),
+            dropout_key=self.dropout_key,
         )
         return _at_completions(hidden, sequences, -1)
 
     def layer_states(self, params: Params, sequences: Any, layer: int) -> Float[Array, "B C D"]:
-        """What a layer gives out at each completion token itself."""
+        """Output of a layer at each completion token itself."""
         hidden = layer_states(
-            self.config, self.compute, params, sequences.tokens, layer, _known(sequences)
+            self.config,
+            self.compute,
+            params,
+            sequences.tokens,
+            layer,
+            seq_len_at_token=_seq_len_at_token(sequences),
+            dropout_key=self.dropout_key,
         )
         return _at_completions(hidden, sequences, 0)
 
@@ -78,190 +98,359 @@ class Policy:
         )
 
 
-def _known(sequences: Any) -> Int[Array, "B T"]:
-    """Of a dynamic rope: a sampler computes the prompt at once, then a token at a time."""
+def _seq_len_at_token(sequences: Any) -> Int[Array, "B T"]:
+    """For a dynamic rope: a sampler computes the prompt at once, then a token at a time."""
     T = sequences.tokens.shape[1]
     return jnp.maximum(sequences.prompt_lengths[:, None], jnp.arange(1, T + 1))
 
 
 def _at_completions(hidden: Array, sequences: Any, shift: int) -> Array:
-    """[B, T, D] -> [B, C, D], at each completion token or at its neighbor."""
+    """[B, T, D] -> [B, C, D], at each completion token shifted by `shift` positions."""
     at = sequences.prompt_lengths[:, None] + shift + jnp.arange(sequences.completions.shape[1])
     at = jnp.clip(at, 0, sequences.tokens.shape[1] - 1)
     return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
 
 
-class Carried(NamedTuple):
-    """Numbers that an objective wants kept from step to step, such as a dual variable.
+class StepContext(NamedTuple):
+    """Inputs of an objective besides parameters and batch.
 
     Attributes:
-      start: {name: number} before the first step.
-      after: (carried, metrics of the step) -> carried; pure.
+      reference: base parameters in the compute dtype, without gradient; None unless the objective
+        needs them.
+      aux_state: the objective's named numbers; {} where it keeps none.
     """
 
-    start: dict[str, float]
-    after: Callable[[dict[str, Array], Metrics], dict[str, Array]]
-
-
-# (policy, params, batch) -> (loss, metrics). Its loss is a mean over rows.
-Objective = Callable[[Policy, Params, Batch], tuple[Array, Metrics]]
+    reference: Params = None
+    aux_state: Mapping[str, Array] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
-    """An objective, an optimizer and a mesh, and the jitted functions made of them.
+class Objective:
+    """Base class of what a step minimizes: a frozen dataclass whose fields are its settings.
+
+    Equal objectives share a compiled update. Subclasses define `__call__`, and the other methods
+    where they need a reference or numbers that go from step to step, such as a dual variable.
+    """
+
+    @property
+    def needs_reference_params(self) -> bool:
+        """Whether `StepContext.reference` is needed."""
+        return False
+
+    def initial_aux_state(self) -> dict[str, float]:
+        """The named numbers before the first step."""
+        return {}
+
+    def update_aux_state(self, aux_state: AuxState, metrics: Metrics) -> AuxState:
+        """The named numbers after a step, from those before it and the step's metrics; pure."""
+        del metrics
+        return aux_state
+
+    def __call__(
+        self, policy: Policy, params: Params, batch: Batch, context: StepContext
+    ) -> tuple[Array, Metrics]:
+        """The loss, a mean over rows or tokens, and a flat dict of scalars.
+
+        Means over tokens divide by `CompletionBatch.num_tokens` where it is set.
+        """
+        raise NotImplementedError
+
+
+@struct.dataclass
+class TrainState:
+    """What the update step takes and returns.
 
     Attributes:
-      policy: the model.
-      objective: what is minimized.
-      optimizer: from optax.
-      mesh: where everything lies.
-      accumulation: micro-batches that a step's batch is cut into.
-      ema_decay: decay of the exponential moving average of the parameters; None for none.
-      part: what is trained beside a frozen model; None trains all parameters.
-      seed: of the adapters' dropout.
-      refers: whether the objective asks for `Policy.reference`.
-      carried: what goes from step to step beside the parameters; None for nothing.
+      params: the trained parameters, float32: all of the model's, or a part of them.
+      opt_state: of the optimizer.
+      step: [] int32, steps taken.
+      ema: exponential moving average of `params`; None where none is kept.
+      aux_state: the objective's named numbers, [] float32 each.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Any
+    ema: Params = None
+    aux_state: Any = struct.field(default_factory=dict)
+
+    def result(self) -> "PhaseResult":
+        """The part of the state that outlives its phase."""
+        return PhaseResult(self.params, self.ema, self.aux_state)
+
+
+@struct.dataclass
+class PhaseResult:
+    """What a phase of training ends with, and what the next one may start from.
+
+    Attributes:
+      params: the trained parameters.
+      ema: their exponential moving average; None where none is kept.
+      aux_state: the objective's named numbers; {} where it keeps none.
+    """
+
+    params: Params
+    ema: Params = None
+    aux_state: Any = struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step of an objective, as a value.
+
+    Equal steps share one compiled program, whatever their schedules, lengths and keys.
+
+    Attributes:
+      policy: the model; `dropout_key` is None.
+      objective: the loss.
+      optimizer: an `AdamW`, or any `optax.GradientTransformation` (which equals itself alone).
+      mesh: the devices.
+      trainable: the trained part of the model; None trains all parameters.
+      gradient_accumulation_steps: micro-batches that a batch is cut into.
+      ema_decay: decay of the exponential moving average of the parameters; None keeps none.
     """
 
     policy: Policy
     objective: Objective
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     mesh: Mesh
-    accumulation: int = 1
+    trainable: Trainable = None
+    gradient_accumulation_steps: int = 1
     ema_decay: float | None = None
-    part: Trainable = None
-    seed: int = 0
-    refers: bool = False
-    carried: Carried | None = None
 
-    def abstract_trained(self) -> Params:
-        """Shapes of what is trained."""
-        return abstract_trainable(self.policy.config, self.part)
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether a step needs the base parameters, as base of the trained part or reference."""
+        return self.trainable is not None or self.objective.needs_reference_params
 
-    def abstract_state(self) -> State:
+    @property
+    def dropout(self) -> float:
+        """Dropout of the adapters' inputs; where it is not 0, a step needs a key."""
+        return self.trainable.dropout if isinstance(self.trainable, Lora) else 0.0
+
+    def abstract_trainable(self) -> Params:
+        """Shapes, dtypes and shardings of the trained parameters."""
+        return abstract_on(self.mesh, abstract_trainable(self.policy.config, self.trainable))
+
+    def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without making it."""
-        params = self.abstract_trained()
-        shardings = param_shardings(params, self.mesh)
-        everywhere = replicated(self.mesh)
+        params, everywhere = self.abstract_trainable(), replicated(self.mesh)
 
         def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        state = {
-            "params": jax.tree.map(place, params, shardings),
-            "opt_state": optax.tree_map_params(
-                self.optimizer,
-                place,
-                opt_state,
-                shardings,
-                transform_non_params=lambda x: place(x, everywhere),
-            ),
-            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
-        }
-        if self.ema_decay is not None:
-            state["ema"] = state["params"]
-        if self.carried is not None:
-            number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-            state["carried"] = dict.fromkeys(self.carried.start, number)
-        return state
+        opt_state = optax.tree_map_params(
+            self.optimizer,  # pyright: ignore[reportArgumentType]  (it is only initialized)
+            place,
+            jax.eval_shape(self.optimizer.init, params),
+            jax.tree.map(lambda x: x.sharding, params),
+            transform_non_params=lambda x: place(x, everywhere),
+        )
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        return TrainState(
+            params=params,
+            opt_state=opt_state,
+            step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
+            ema=None if self.ema_decay is None else params,
+            aux_state=dict.fromkeys(self.objective.initial_aux_state(), number),
+        )
 
-    def init(self, params: Params, ema: Params = None) -> State:
-        """A fresh state around parameters. They are copied: the update step donates its state.
+    def abstract_result(self) -> PhaseResult:
+        """Shapes, dtypes and shardings of the result of a phase, without making it."""
+        return self.abstract_state().result()
+
+    def init(
+        self,
+        params: Params,
+        *,
+        ema: Params = None,
+        schedule: Schedule | None = None,
+        aux_state: Mapping[str, Any] | None = None,
+        donate: bool = False,
+    ) -> TrainState:
+        """A fresh state around parameters.
 
         Args:
-          params: where to start.
+          params: the trained parameters to start from.
           ema: where their moving average starts, if one is kept; `params` by default.
+          schedule: of the learning rate; for an `AdamW` alone, which needs one.
+          aux_state: the objective's named numbers; `objective.initial_aux_state()` by default.
+          donate: gives up the arrays of `params` and `ema`, so that no second copy lives. Otherwise
+            they are copied, because the update donates its state.
+
+        Raises:
+          ValueError: where the schedule or a named number is missing, or is not used.
         """
-        return self._make_state(params, params if ema is None else ema)
-
-    @cached_property
-    def _make_state(self) -> Callable[[Params, Params], State]:
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-
-        def make(params: Params, ema: Params) -> State:
-            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-            state = {
-                "params": jax.tree.map(jnp.copy, params),
-                "opt_state": self.optimizer.init(params),
-                "step": jnp.zeros((), jnp.int32),
-            }
-            if self.ema_decay is not None:
-                state["ema"] = jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), ema)
-            if self.carried is not None:
-                start = self.carried.start.items()
-                state["carried"] = {k: jnp.asarray(v, jnp.float32) for k, v in start}
-            return state
-
-        return jax.jit(make, out_shardings=shardings)
+        if isinstance(self.optimizer, AdamW) != (schedule is not None):
+            raise ValueError("a schedule is for AdamW alone, and AdamW needs one")
+        numbers = self.objective.initial_aux_state()
+        if aux_state is not None:
+            if aux_state.keys() != numbers.keys():
+                raise ValueError(f"aux_state has {sorted(aux_state)}, wanted {sorted(numbers)}")
+            numbers = aux_state
+        numbers = {name: np.float32(value) for name, value in numbers.items()}
+        schedule = None if schedule is None else schedule.as_arrays()
+        if self.ema_decay is None or ema is params:
+            ema = None
+        make = _init_donating if donate else _init
+        return make(self, params, ema, schedule, numbers)
 
     def put(self, batch: Batch) -> Batch:
         """Places a batch of numpy arrays on the mesh, rows over data and fsdp."""
         return jax.device_put(batch, batch_sharding(self.mesh))
 
-    def make_update(self) -> Callable[[State, Params, Batch], tuple[State, Metrics]]:
-        """The jitted update. State goes in donated and comes out with the same shardings."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        beside = self.part is not None or self.refers
-        frozen = param_shardings(abstract_params(self.policy.config), self.mesh) if beside else {}
-        return jax.jit(
-            self.update,
-            donate_argnums=0,
-            in_shardings=(shardings, frozen, batch_sharding(self.mesh)),
-            out_shardings=(shardings, replicated(self.mesh)),
-        )
-
-    def update(self, state: State, frozen: Params, batch: Batch) -> tuple[State, Metrics]:
-        """One optimizer step on one batch; pure.
+    def __call__(
+        self, state: TrainState, batch: Batch, frozen: Params = None, key: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step on one batch. The state is donated.
 
         Args:
-          state: what is trained, and the optimizer's.
-          frozen: the model that what is trained stands beside, which is also the reference; {}
-            where all parameters are trained and no reference is asked for.
-          batch: what the objective takes.
+          state: from `init` or from the step before.
+          batch: what the objective takes; see `put`.
+          frozen: base parameters in the compute dtype; needed where only a part is trained or the
+            objective has a reference, which they are.
+          key: base key of the adapters' dropout, the same for all steps; needed where there is
+            dropout.
+
+        Returns:
+          The next state, with the same shardings, and the objective's metrics with "loss" and
+          "grad_norm" (before clipping).
+
+        Raises:
+          ValueError: where frozen or the key is missing.
         """
-        key = jax.random.fold_in(jax.random.key(self.seed), state["step"])
+        return _update(self, state, batch, *self._extras(frozen, key))
+
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The lowered program of a step, without running it.
+
+        Args:
+          batch: arrays or shapes.
+        """
+        rows = batch_sharding(self.mesh)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch)
+        params = abstract_params(self.policy.config)
+        dtype = self.policy.compute.dtype
+        frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+            abstract_on(self.mesh, params),
+        )
+        key = jax.random.key(0)
+        return _update.lower(self, self.abstract_state(), batch, *self._extras(frozen, key))
+
+    def _extras(self, frozen: Params, key: Array | None) -> tuple[Params, Array | None]:
+        """`frozen` and `key` where the step needs them, None where it does not."""
+        if self.needs_frozen and frozen is None:
+            raise ValueError("this step needs `frozen`, the base parameters")
+        if self.dropout and key is None:
+            raise ValueError("the adapters have dropout: this step needs a key")
+        return frozen if self.needs_frozen else None, key if self.dropout else None
+
+    def _constrain(self, state: TrainState) -> TrainState:
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+        return jax.lax.with_sharding_constraint(state, shardings)
+
+
+def _make_state(
+    step: TrainStep,
+    params: Params,
+    ema: Params,
+    schedule: Schedule | None,
+    aux_state: Mapping[str, Any],
+) -> TrainState:
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    if isinstance(step.optimizer, AdamW):
+        opt_state = step.optimizer.init(params, schedule)
+    else:
+        opt_state = step.optimizer.init(params)
+    if step.ema_decay is not None:
+        ema = params if ema is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ema)
+        ema = jax.tree.map(jnp.copy, ema)
+    state = TrainState(
+        params=jax.tree.map(jnp.copy, params),
+        opt_state=opt_state,
+        step=jnp.zeros((), jnp.int32),
+        ema=ema,
+        aux_state=dict(aux_state),
+    )
+    return step._constrain(state)
+
+
+_init = jax.jit(_make_state, static_argnames="step")
+_init_donating = jax.jit(_make_state, static_argnames="step", donate_argnames=("params", "ema"))
+
+
+def _make_update(
+    step: TrainStep, state: TrainState, batch: Batch, frozen: Params, key: Array | None
+) -> tuple[TrainState, Metrics]:
+    policy = step.policy
+    if key is not None:
+        compute = dataclasses.replace(policy.compute, lora_dropout=step.dropout)
+        key = jax.random.fold_in(key, state.step)
+        policy = dataclasses.replace(policy, compute=compute, dropout_key=key)
+    reference = None
+    if step.objective.needs_reference_params:
         reference = jax.lax.stop_gradient(frozen)
-        policy = dataclasses.replace(self.policy, reference=reference, carried=state.get("carried"))
-        gradients, metrics = self._gradients(policy, state["params"], frozen, batch, key)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = self.optimizer.update(
-                gradients, state["opt_state"], state["params"]
-            )
-            params = optax.apply_updates(state["params"], updates)
-        new = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        if self.ema_decay is not None:
-            new["ema"] = optax.incremental_update(params, state["ema"], 1.0 - self.ema_decay)
-        if self.carried is not None:
-            new["carried"] = self.carried.after(state["carried"], metrics)
-        return new, metrics | {"grad_norm": optax.global_norm(gradients)}
+    context = StepContext(reference, state.aux_state)
 
-    def _gradients(
-        self, policy: Policy, trained: Params, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[Params, Metrics]:
-        """Mean gradient and metrics over the micro-batches."""
+    def loss_fn(trained: Params, batch: Batch) -> tuple[Array, Metrics]:
+        params = assemble(step.trainable, frozen, trained)
+        loss, metrics = step.objective(policy, params, batch, context)
+        return loss, metrics | {"loss": loss}
 
-        def loss_fn(trained: Params, batch: Batch) -> tuple[Array, Metrics]:
-            params = assemble(self.part, frozen, trained, key)
-            loss, metrics = self.objective(policy, params, batch)
-            return loss, metrics | {"loss": loss}
+    grad = jax.grad(loss_fn, has_aux=True)
+    gradients, metrics = _accumulated(grad, state.params, batch, step.gradient_accumulation_steps)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = step.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    ema = None
+    if step.ema_decay is not None:
+        ema = optax.incremental_update(params, state.ema, 1.0 - step.ema_decay)
+    new = TrainState(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + 1,
+        ema=ema,
+        aux_state=step.objective.update_aux_state(state.aux_state, metrics),
+    )
+    metrics = metrics | {"grad_norm": optax.global_norm(gradients)}
+    return step._constrain(new), jax.lax.with_sharding_constraint(metrics, replicated(step.mesh))
 
-        grad = jax.grad(loss_fn, has_aux=True)
-        if self.accumulation == 1:
-            return grad(trained, batch)
 
-        n = self.accumulation
-        # Row i goes to micro-batch i % n, so that every micro-batch spans all of the mesh's rows.
-        micro = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), batch
-        )
+_update = jax.jit(_make_update, static_argnames="step", donate_argnames="state")
 
-        def body(total: Any, rows: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda a, b: a + b / n, total, grad(trained, rows)), None
 
-        first = jax.tree.map(lambda x: x[0], micro)
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, first)
-        )
-        return jax.lax.scan(body, zero, micro)[0]
+def _accumulated(grad: Any, trained: Params, batch: Batch, n: int) -> tuple[Params, Metrics]:
+    """Mean gradient and metrics over n micro-batches."""
+    if n == 1:
+        return grad(trained, batch)
+    micro = _micro_batches(batch, n)
+
+    def body(total: Any, rows: Batch) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b / n, total, grad(trained, rows)), None
+
+    first = jax.tree.map(lambda x: x[0], micro)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, trained, first))
+    return jax.lax.scan(body, zero, micro)[0]
+
+
+def _micro_batches(batch: Batch, n: int) -> Batch:
+    """Every array [B, ...] as [n, B / n, ...], with the divisors of means over the whole batch."""
+
+    def cut(x: Array) -> Array:
+        # Row i goes to micro-batch i % n, so that every micro-batch spans all rows of the mesh.
+        return jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)
+
+    def share(count: Array) -> Array:
+        count = jnp.maximum(count, 1).astype(jnp.float32) / n
+        return jnp.broadcast_to(count, (n, *count.shape))
+
+    def split(group: Any) -> Any:
+        if not isinstance(group, CompletionBatch):
+            return cut(group)
+        num_tokens = jnp.sum(group.lengths, axis=0)
+        num_sequences = jnp.sum(group.lengths > 0, axis=0)
+        rows = CompletionBatch(*(cut(x) for x in group[:4]))
+        return rows._replace(num_tokens=share(num_tokens), num_sequences=share(num_sequences))
+
+    return jax.tree.map(split, batch, is_leaf=lambda x: isinstance(x, CompletionBatch))
