@@ -43,8 +43,8 @@ def logits_of(config, compute, params, tokens):
 def greedy(config, params, prompts, lengths):
     layout = decoding_layout(config, params, "float32")
     keys = jax.random.split(jax.random.key(0), (len(lengths), 1))
-    greedy_params = SamplingParams(golden.NEW, stop_ids=())
-    return generate(config, Compute(), greedy_params, layout, prompts, lengths, keys).ids[:, 0]
+    sampling_params = SamplingParams(golden.NEW, stop_ids=())
+    return generate(config, Compute(), sampling_params, layout, prompts, lengths, keys).ids[:, 0]
 
 
 def compare(name, seed):
