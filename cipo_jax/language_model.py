@@ -26,7 +26,8 @@ from cipo_jax.models.pretrained import PretrainedFolder, compute_from_config, fi
 from cipo_jax.models.trainable import ParamSubset, Trainable, abstract_trainable, assemble
 from cipo_jax.sampling.memory import fit_batch_size, sharded_bytes
 from cipo_jax.sampling.params import SamplingParams
-from cipo_jax.sampling.sampler import Request, Sampler
+from cipo_jax.sampling.job import Request
+from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.shared_config import LoraConfig, ModelConfig, ThinkConfig
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
@@ -248,7 +249,7 @@ class LanguageModel:
             self.config,
             self.decode_compute,
             self.mesh,
-            plan.rows,
+            plan.max_batch_size,
             decode_chunk,
             int8_cache,
             sampling_params,

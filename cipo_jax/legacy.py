@@ -96,16 +96,17 @@ def _value(text: str) -> Any:
 
 
 def _new_changes(rows: Any) -> Any:
-    """Rows whose changes are under today's keys; what is no row of that form is left as it is."""
+    """Rows with today's keys in their changes; anything else is returned as it is."""
     if not isinstance(rows, (tuple, list)):
         return rows
-    new = tuple(
-        (row[0], translated(row[1], LEGACY))
-        if isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[1], dict)
-        else row
-        for row in rows
-    )
-    return rows if new == tuple(rows) else new
+    return type(rows)(_new_row(row) for row in rows)
+
+
+def _new_row(row: Any) -> Any:
+    if not (isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[1], dict)):
+        return row
+    changes = translated(row[1], LEGACY)
+    return row if changes == row[1] else (row[0], changes)
 
 
 def _lrs(value: Any) -> dict[str, Any]:
@@ -187,5 +188,6 @@ LEGACY: Legacy = {
     "compare.methods": _names("compare.methods", everything="all"),
     "compare.variants": _variants,
     "compare.own": _overrides,
+    "compare.overrides": _overrides,
     "compare.lrs": _lrs,
 }

@@ -161,13 +161,17 @@ def translated(flat: Mapping[str, Any], legacy: Legacy) -> dict[str, Any]:
     Warns:
       RenamedSetting: one line, for each old key or old way to write a value.
     """
-    new: dict[str, Any] = {key: value for key, value in flat.items() if key not in legacy}
+    changed = {key: legacy[key](value) for key, value in flat.items() if key in legacy}
+    for key, values in changed.items():
+        if values != {key: flat[key]}:
+            warnings.warn(_renamed(key, flat[key], values), RenamedSetting, stacklevel=2)
+    replaced = {key for values in changed.values() for key in values}
+    new: dict[str, Any] = {}
     for key, value in flat.items():
-        if key in legacy:
-            changed = legacy[key](value)
-            if changed != {key: value}:
-                warnings.warn(_renamed(key, value, changed), RenamedSetting, stacklevel=2)
-            new |= changed
+        if key in changed:
+            new |= changed[key]
+        elif key not in replaced:
+            new[key] = value
     return new
 
 

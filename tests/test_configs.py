@@ -1,179 +1,153 @@
-"""The configs that ship: each is read; those of large models are built on a mesh, abstractly."""
+"""The configs that ship: each is read and compared with a frozen table of its values."""
 
 import dataclasses
 import importlib.util
-import math
+import json
+import warnings
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from one_batch import generate
 
-from cipo_jax.config import Config, PretrainConfig, parse
-from cipo_jax.data.batches import CompletionBatch
-from cipo_jax.models.decoder import abstract_params, decoding_layout
-from cipo_jax.models.hf_config import decoder_config
-from cipo_jax.models.lora import abstract_adapters, assemble, lora_of
-from cipo_jax.models.reasoning_model import compute_of
-from cipo_jax.sampling import SamplingParams
-from cipo_jax.training.mesh import abstract_on, decoding_shardings, make_mesh
-from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Policy, Trainer
-from cipo_jax.unlearning.objectives import preference_objective, warmup_objective
+from cipo_jax.commands.flags import load_config, parse_flags
+from cipo_jax.config import (
+    Config,
+    PretrainConfig,
+    flatten,
+    long_reasoning_config,
+    parse,
+    to_config_dict,
+)
+from cipo_jax.errors import UserError
+from cipo_jax.shared_config import RunConfig
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-    "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}  # fmt: skip
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
-    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-    "rope_scaling": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
-        "attn_factor": 0.8782488562869419,
-    },
-}  # fmt: skip
-QWEN_1P5B = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936,
-    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-    "rope_theta": 10000, "max_position_embeddings": 131072, "tie_word_embeddings": False,
-    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21,
-}  # fmt: skip
-LARGE = {
-    "rtofu_r1_llama8b": (LLAMA_8B, 8.03e9),
-    "rtofu_r1_0528_qwen3_8b": (QWEN3_8B, 8.19e9),
-    "return_r1_llama8b": (LLAMA_8B, 8.03e9),
-    "rtofu_r1_qwen1p5b_lora": (QWEN_1P5B, 1.78e9),
-}
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+FILES = sorted(CONFIGS.rglob("*.py"))
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "configs.json").read_text())
 
 
-def read(name, arg=None):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+def read(name):
+    """The parsed config of "FILE.py" or "FILE.py:ARG"."""
+    cls = PretrainConfig if "pretrain" in name else Config
+    return parse(cls, load_config(str(CONFIGS / name)))
+
+
+def as_json(config):
+    """Flat values as config.json holds them."""
+    return flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def path_id(path):
+    return str(path.relative_to(CONFIGS))
+
+
+def test_there_are_configs():
+    assert {"quickstart.py", "tiny/pretrain.py", "rtofu.py"} <= {path_id(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=path_id)
+def test_every_config_is_read_and_says_how_to_run_it(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # No old key is left in them.
+        parsed = read(path_id(path))
+    cls = type(parsed)
+    assert parsed != cls()
+    assert parse(cls, to_config_dict(parsed)) == parsed
+    assert parse(cls, json.loads(json.dumps(dataclasses.asdict(parsed)))) == parsed
+    hash(parsed)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module, module.get_config(arg)
+    assert f"--config=configs/{path_id(path)}" in module.__doc__
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
-def test_every_config_is_read_and_says_how_to_run_it(path):
-    module, config = read(path.stem)
-    assert f"--config=configs/{path.stem}.py" in module.__doc__
-    parse(PretrainConfig if path.stem == "tiny_pretrain" else Config, config)
+# ---- frozen values
 
 
-@pytest.mark.parametrize("name", [n for n in LARGE if n.startswith("rtofu")])
-def test_the_argument_is_the_folder_of_the_data(name):
-    assert read(name, "/elsewhere")[1].data.forget == "/elsewhere:forget10"
-    assert read(name)[1].data.retain == "data/r-tofu:retain90"
+@pytest.mark.parametrize("name", [key for key in GOLDEN if key.endswith("Config")])
+def test_defaults_are_those_of_the_table(name):
+    cls = {"Config": Config, "PretrainConfig": PretrainConfig}[name]
+    assert as_json(cls()) == GOLDEN[name]
 
 
-def rows(mesh, config, batch, *sides):
-    """A batch of the longest lengths that the config lets through, as shapes."""
-    total = config.data.max_prompt_tokens + config.data.max_completion_tokens
-    completion = config.data.max_completion_tokens
-    if sides:
-        completion = config.sampling.max_new_tokens
-        total = config.data.max_prompt_tokens + completion
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
-
-    def shape(*sizes):
-        return jax.ShapeDtypeStruct((batch, *sides, *sizes), jnp.int32, sharding=sharding)
-
-    return CompletionBatch(shape(total), shape(), shape(completion), shape())
-
-
-def per_device(tree):
-    """Bytes of a tree on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+@pytest.mark.parametrize("name", [key for key in GOLDEN if ".py" in key])
+def test_every_value_is_that_of_the_table(name):
+    """Values before the settings were renamed: what differs from the defaults, key by key."""
+    config = read(name)
+    expected = GOLDEN[type(config).__name__] | GOLDEN[name]
+    found = as_json(config)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, str) and value.startswith("CONFIGS/"):
+            value = value.replace("CONFIGS", str(CONFIGS))
+        assert found[key] == value, key
+        # In rows a whole number may stand for a float.
+        assert type(found[key]) is type(value), key
 
 
-@pytest.mark.parametrize("name", LARGE)
-def test_large_models_are_built_on_eight_devices(name):
-    fields, published = LARGE[name]
-    config, shape = parse(Config, read(name)[1]), decoder_config(fields)
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    parameters = abstract_params(shape)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(parameters))
-    assert count == pytest.approx(published, rel=0.01)
-
-    lora = lora_of(config.lora)
-    frozen = {}
-    if lora:
-        base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), parameters)
-        frozen = abstract_on(mesh, base)
-    for settings, objective, batch in (
-        (
-            config.warmup,
-            warmup_objective(config.cipo),
-            {"chosen": rows(mesh, config, config.warmup.batch)},
-        ),
-        (
-            config.train,
-            preference_objective(config.cipo),
-            {
-                "pairs": rows(mesh, config, config.train.batch, 2),
-                "ref": jax.ShapeDtypeStruct((config.train.batch, 2), jnp.float32),
-                "weights": jax.ShapeDtypeStruct((config.train.batch,), jnp.float32),
-                "retain": rows(mesh, config, config.train.retain_batch),
-            },
-        ),
-    ):
-        trainer = Trainer(
-            Policy(shape, compute_of(config.model)),
-            objective,
-            make_optimizer(settings, 10),
-            mesh,
-            settings.accumulation,
-            part=lora,
-        )
-        state = trainer.abstract_state()
-        new, metrics = jax.eval_shape(trainer.update, state, frozen, batch)
-        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state)
-        assert all(jax.tree.leaves(same))
-        assert metrics["loss"].shape == ()
-        # Traced with its shardings: an axis that did not divide would be an error here.
-        trainer.make_update().lower(state, frozen, batch)
-
-        if lora:
-            assert sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])) < 0.02 * count
-        else:
-            # Parameters and both moments in float32, over eight devices but for the norms' scales.
-            assert per_device(state) == pytest.approx(12 * count / 8, rel=0.01)
+def test_the_table_has_every_config():
+    assert {key.split(":")[0] for key in GOLDEN if ".py" in key} == set(map(path_id, FILES))
+    expected = GOLDEN["Config"] | GOLDEN["long_reasoning"]
+    assert as_json(parse(Config, long_reasoning_config())) == expected
 
 
-@pytest.mark.parametrize("name", ["rtofu_r1_0528_qwen3_8b", "rtofu_r1_qwen1p5b_lora"])
-def test_large_models_are_sampled_from_on_eight_devices(name):
-    config, shape = parse(Config, read(name)[1]), decoder_config(LARGE[name][0])
-    mesh, lora = make_mesh(**dataclasses.asdict(config.mesh)), lora_of(config.lora)
-    params = abstract_params(shape)
-    if lora:
-        adapters = abstract_adapters(shape, lora)
-        params = jax.eval_shape(lambda p, a: assemble(lora, p, a), params, adapters)
-    layout = jax.eval_shape(lambda p: decoding_layout(shape, p, config.model.decode_dtype), params)
-    assert {x.dtype for x in jax.tree.leaves(layout)} == {jnp.dtype("bfloat16")}
-    decoding_shardings(layout, mesh)  # Raises where an axis does not divide.
-    rules = SamplingParams(
-        config.sampling.max_new_tokens, (1, 2), 1.0, 0.95, shape.vocab_size - 200
-    )
-    out = jax.eval_shape(
-        lambda *arrays: generate(shape, compute_of(config.model, decoding=True), rules, *arrays),
-        layout,
-        np.zeros((8, 64), np.int32),
-        np.ones(8, np.int32),
-        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (8, 2))),
-    )
-    assert out.ids.shape == (8, 2, config.sampling.max_new_tokens)
+def test_the_shared_settings_are_those_of_the_run():
+    shared = {f.name for f in dataclasses.fields(RunConfig)}
+    assert shared < {f.name for f in dataclasses.fields(Config)}
+    assert isinstance(read("quickstart.py"), RunConfig)
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize(
+    ("split", "retain"),
+    [("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")],
+)
+def test_a_split_of_rtofu_has_the_retain_file_of_its_name(split, retain):
+    data = read(f"rtofu.py:split={split},data=/elsewhere").data
+    assert (data.forget, data.retain) == (f"/elsewhere:{split}", f"/elsewhere:{retain}")
+    assert read(f"rtofu.py:split={split}").data.retain == f"data/r-tofu:{retain}"
+
+
+def test_the_argument_of_rtofu_chooses_model_and_adapters():
+    plain, lora = read("rtofu.py"), read("rtofu.py:lora")
+    assert "Llama-8B" in plain.model.path
+    assert (plain.lora.rank, plain.mesh.fsdp, plain.train.lr) == (0, 8, 1e-5)
+    assert (lora.lora.rank, lora.mesh.fsdp, lora.train.lr) == (16, 1, 1e-4)
+    assert read("rtofu.py:lora=true") == lora
+    paths = {read(f"rtofu.py:model={m}").model.path for m in ("llama8b", "qwen3_8b", "qwen1p5b")}
+    assert len(paths) == 3
+    assert {read(f"return.py:model={m}").model.path for m in ("llama8b", "qwen3_8b", "qwen1p5b")} \
+        == paths  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rtofu.py:model=llama", "must be one of llama8b, qwen3_8b, qwen1p5b"),
+        ("rtofu.py:split=forget20", "must be one of forget10, forget05, forget01"),
+        ("rtofu.py:/data/r-tofu", "no such key; nearest: data"),
+        ("rtofu.py:lora=16", "must be true or false"),
+        ("return.py:folder=x", "no such key; nearest: "),
+        ("tiny/compare.py:smok", "no such key; nearest: smoke"),
+        ("quickstart.py:fast", "takes none"),
+    ],
+)
+def test_a_wrong_argument_is_named(name, said):
+    with pytest.raises(UserError) as caught:
+        read(name)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["rtofu.py", "return.py"])
+def test_benchmark_configs_say_that_they_are_not_usable_yet(path):
+    text = (CONFIGS / path).read_text()
+    assert "Not usable yet" in text
+    assert "leak rule" in text and "training questions" in text
+
+
+def test_an_argument_and_overrides_go_together():
+    argv = [f"--config={CONFIGS / 'rtofu.py'}:model=qwen1p5b,lora", "--config.lora.rank=8"]
+    config = parse_flags(Config, "test", argv, "")[0]
+    assert (config.lora.rank, config.lora.alpha) == (8, 32.0)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-
 from cipo_jax.data.examples import Example
 from cipo_jax.data.splits import Role
 from cipo_jax.evals.attacks import prefill_text
 from cipo_jax.evals.leakage import GradedGeneration, grade
-from cipo_jax.sampling.sampler import Request, Sampler, rules_of
+from cipo_jax.sampling.job import Request, SamplingJob
+from cipo_jax.sampling.params import SamplingParams
+from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.typing import Params
 
@@ -60,11 +60,11 @@ def graded(
     Yields:
       (index of the question, its graded generation), in the order in which generations end.
     """
-    sampling_params = rules_of(chat_format, max_new_tokens)
+    sampling_params = SamplingParams.for_chat(chat_format, max_new_tokens)
     given = chat_format.text_ids(prefill_text(prefill, chat_format.close)) if prefill else []
     requests = [Request(q.prompt_ids, i, prefill=given) for i, q in enumerate(questions)]
     # Greedy decoding draws no random numbers: any key will do.
-    for completion in sampler.stream(params, requests, sampling_params, jax.random.key(0)):
+    for completion in sampler.stream(params, SamplingJob(requests, sampling_params)):
         question = questions[completion.item]
         thought = chat_format.split([*given, *completion.ids])
         yield completion.item, grade(question.example, thought, question.split, completion.ids)

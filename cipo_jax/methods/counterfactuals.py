@@ -23,8 +23,8 @@ from cipo_jax.runs.context import Run
 from cipo_jax.runs.data import ForgetSet
 from cipo_jax.runs.generation import Generation, sample_generations
 from cipo_jax.runs.weights import Weights
+from cipo_jax.sampling.job import Request, SamplingJob
 from cipo_jax.sampling.params import SamplingParams
-from cipo_jax.sampling.sampler import Request
 from cipo_jax.shared_config import CounterfactualConfig
 from cipo_jax.text.matching import normalized_words, reveals
 from cipo_jax.typing import Array, Params
@@ -231,9 +231,8 @@ class _Writer:
         ]
         limit = self.run.config.sampling.max_new_tokens
         params = SamplingParams.for_chat(chat, limit, settings.temperature, settings.top_p)
-        return sample_generations(
-            self.run, name, title, self.params, requests, params, key, settings.num_candidates
-        )
+        job = SamplingJob(requests, params, key, settings.num_candidates)
+        return sample_generations(self.run, name, title, self.params, job)
 
     def _key(self, what: str, attempt: int) -> Array:
         name = self.run.stage_name

@@ -16,8 +16,8 @@ from cipo_jax.runs.data import ForgetSet
 from cipo_jax.runs.generation import Generation, sample_generations
 from cipo_jax.runs.results import StageResult, rows
 from cipo_jax.runs.weights import Weights
+from cipo_jax.sampling.job import Request, SamplingJob
 from cipo_jax.sampling.params import SamplingParams
-from cipo_jax.sampling.sampler import Request
 from cipo_jax.shared_config import CounterfactualConfig, RunConfig
 
 
@@ -101,9 +101,8 @@ def sample_own_answers(run: Run, base: Weights, forget: ForgetSet) -> OwnAnswers
     requests = [Request(q.prompt_ids, i) for i, q in enumerate(forget.questions)]
     limit = run.config.sampling.max_new_tokens
     greedy = SamplingParams.for_chat(run.workspace.model.chat, limit)
-    drawn = sample_generations(
-        run, "own", "the model's own thoughts", run.params(base), requests, greedy, run.key("own"), 1
-    )
+    job = SamplingJob(requests, greedy, run.key("own"))
+    drawn = sample_generations(run, "own", "the model's own thoughts", run.params(base), job)
     return OwnAnswers(
         tuple(
             _own(q.example.question, g) for q, (g,) in zip(forget.questions, drawn, strict=True)

@@ -11,7 +11,7 @@ from cipo_jax.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
-PRETRAIN = f"--config={ROOT / 'configs' / 'tiny_pretrain.py'}"
+PRETRAIN = f"--config={ROOT / 'configs' / 'tiny' / 'pretrain.py'}"
 
 
 @pytest.fixture
@@ -127,18 +127,21 @@ def test_an_unknown_key_is_named_with_the_nearest(refused, config, override):
     ("override", "said"),
     [
         ("--config.train.lr=abc", ["config.train.lr", "abc"]),
-        ("--config.train.batch=1.5", ["config.train.batch", "1.5"]),
-        ("--config.train.batch=many", ["config.train.batch", "many"]),
+        ("--config.train.batch_size=1.5", ["config.train.batch_size", "1.5"]),
+        ("--config.train.batch_size=many", ["config.train.batch_size", "many"]),
         ("--config.seed=true", ["config.seed", "true"]),
-        ("--config.train.batch=-1", ["config.train.batch = -1", "at least 1"]),
+        ("--config.train.batch_size=-1", ["config.train.batch_size = -1", "at least 1"]),
         ("--config.train.lr=nan", ["config.train.lr = nan", "not a number"]),
         ("--config.sampling.top_p=2", ["config.sampling.top_p = 2.0", "at most 1"]),
         ("--config.cipo.loss=foo", ["config.cipo.loss = 'foo'", "dpo, ipo, simpo"]),
-        ("--config.train.accumulation=3", ["config.train.batch = 16", "not a multiple"]),
+        (
+            "--config.train.gradient_accumulation_steps=3",
+            ["config.train.batch_size = 16", "not a multiple"],
+        ),
         ("--config.counterfactual.backward_prompt=Why?", ["backward_prompt", "{question}"]),
         ("--config.train=1", ["config.train", "is a group of settings"]),
         ("--config.train.lr.x=1", ["config.train.lr.x: no such setting", "train.lr"]),
-        ("--config.train.batch", ["config.train.batch"]),
+        ("--config.train.batch_size", ["config.train.batch_size"]),
         ("--wrkdir=x", ["wrkdir", "workdir"]),
         ("stray", ["'stray' is not a flag"]),
     ],
@@ -228,10 +231,10 @@ def test_a_config_file_is_given_its_argument(refused, tmp_path):
         "from cipo_jax.config import default_config\n\n\n"
         "def get_config(arg='1'):\n"
         "    config = default_config()\n"
-        "    config.train.batch = int(arg)\n"
+        "    config.train.batch_size = int(arg)\n"
         "    return config\n"
     )
-    assert "config.train.batch = -5" in refused("unlearn", f"--config={path}:-5")
+    assert "config.train.batch_size = -5" in refused("unlearn", f"--config={path}:-5")
 
 
 def test_the_program_arguments_are_put_back(refused, monkeypatch):
@@ -274,7 +277,7 @@ def test_a_file_of_questions_is_answered_and_goes_on(answer_file, capsys):
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    assert run("-n", "2", "--config.sampling.rows=3") == 0
+    assert run("-n", "2", "--config.sampling.max_batch_size=3") == 0
     again = path.read_bytes()
     assert again.startswith(b"".join(lines[:3]))
 

@@ -14,8 +14,8 @@ from cipo_jax.runs.evaluation import RolloutStats
 from cipo_jax.runs.generation import sample_generations
 from cipo_jax.runs.results import StageResult, rows
 from cipo_jax.runs.weights import Weights
+from cipo_jax.sampling.job import Request, SamplingJob
 from cipo_jax.sampling.params import SamplingParams
-from cipo_jax.sampling.sampler import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +107,14 @@ def sample_rollouts(
 ) -> Rollouts:
     """Stage: what the model says to each forget question that has a counterfactual."""
     chat, settings = run.workspace.model.chat, run.config.sampling
-    drawn = sample_generations(
-        run,
-        "rollouts",
-        f"iteration {iteration}: rollouts",
-        run.params(policy),
+    job = SamplingJob(
         [Request(c.prompt_ids, c.item) for c in traces.accepted],
         SamplingParams.from_config(settings, chat),
         run.key("rollouts", iteration),
         run.config.group(CipoConfig).num_samples,
     )
+    title = f"iteration {iteration}: rollouts"
+    drawn = sample_generations(run, "rollouts", title, run.params(policy), job)
     questions, found = run.workspace.data.forget.questions, []
     for generation in (g for samples in drawn for g in samples):
         example = questions[generation.item].example
