@@ -15,7 +15,7 @@ import numpy as np
 from cipo_jax.config import ThinkConfig
 from cipo_jax.models.decoder import Compute
 from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.sampling import Request, Sampler, SamplingParams
+from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
 from cipo_jax.training.mesh import make_mesh
 
 TOPICS = (
@@ -40,12 +40,13 @@ def main():
     full = Sampler(model.config, Compute(), make_mesh(1, 1, 1, jax.devices()[:1]), 32)
     params = full.prepare(model.load_params())
     requests = [Request(model.format.prompt_ids(q), i) for i, q in enumerate(questions)]
-    rules = SamplingParams(
+    sampling_params = SamplingParams(
         arguments.tokens, model.format.stop_ids, vocabulary=model.format.vocabulary
     )
+    job = SamplingJob(requests, sampling_params)
     pairs = []
     for sampler in (full, dataclasses.replace(full, int8_cache=True)):
-        pairs.append([c for (c,) in sampler.sample(params, requests, rules)])
+        pairs.append([c for (c,) in sampler.sample(params, job)])
     equal, shared, apart = 0, [], []
     for a, b in zip(*pairs, strict=True):
         ends = [i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y]

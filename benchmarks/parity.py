@@ -1,10 +1,10 @@
-"""Our numbers against those of transformers, architecture by architecture, as one table.
+"""Our logits and generations against those of transformers, per architecture, as one table.
 
     python benchmarks/parity.py [--write]
 
-Needs torch. The models are those of tests/golden/make_decoder_golden.py: small, random, of every
-architecture and every rope scaling, with texts and generations far past the original context. Of
-each, two sets of weights are tried. With --write the table replaces the one in docs/models.md.
+Needs torch. The models are those of tests/golden/make_decoder_golden.py: small and random, one per
+architecture and rope scaling, with texts and generations far beyond the original context. Each has
+two sets of weights. With --write the table replaces the one in docs/models.md.
 """
 
 import argparse
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from engines import Document
 from golden import make_decoder_golden as golden
+from one_batch import generate
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
 from cipo_jax.models.hf_config import read_config
 from cipo_jax.models.safetensors_load import load_params
-from cipo_jax.sampling.decode import SamplingParams, generate
+from cipo_jax.sampling import SamplingParams
 
 DOCUMENT = Document("models.md", "parity")
 
@@ -42,8 +43,8 @@ def logits_of(config, compute, params, tokens):
 def greedy(config, params, prompts, lengths):
     layout = decoding_layout(config, params, "float32")
     keys = jax.random.split(jax.random.key(0), (len(lengths), 1))
-    rules = SamplingParams(golden.NEW, stop_ids=())
-    return generate(config, Compute(), rules, layout, prompts, lengths, keys).ids[:, 0]
+    sampling_params = SamplingParams(golden.NEW, stop_ids=())
+    return generate(config, Compute(), sampling_params, layout, prompts, lengths, keys).ids[:, 0]
 
 
 def compare(name, seed):

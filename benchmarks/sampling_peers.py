@@ -33,7 +33,7 @@ class Ours:
         from cipo_jax.config import ThinkConfig
         from cipo_jax.models.decoder import Compute
         from cipo_jax.models.reasoning_model import ReasoningModel
-        from cipo_jax.sampling.sampler import Sampler
+        from cipo_jax.sampling import Sampler
         from cipo_jax.training.mesh import make_mesh
 
         self.version = f"jax {jax.__version__}"
@@ -45,15 +45,16 @@ class Ours:
         self.key = jax.random.key(0)
 
     def run(self, prompts, lengths, samples):
-        from cipo_jax.sampling.decode import SamplingParams
-        from cipo_jax.sampling.sampler import Request
+        from cipo_jax.sampling import Request, SamplingJob, SamplingParams
 
         requests = [
             Request(prompt, item, max_new_tokens=length)
             for item, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
-        rules = SamplingParams(max(lengths), stop_ids=(), temperature=1.0 if samples > 1 else 0.0)
-        made = self.sampler.sample(self.params, requests, rules, self.key, samples)
+        temperature = 1.0 if samples > 1 else 0.0
+        sampling_params = SamplingParams(max(lengths), stop_ids=(), temperature=temperature)
+        job = SamplingJob(requests, sampling_params, self.key, num_samples=samples)
+        made = self.sampler.sample(self.params, job)
         return [completion.ids for request in made for completion in request]
 
 

@@ -1,7 +1,7 @@
 """Attention as pure functions: one for whole sequences, one for a decoding step.
 
-Rows are right-padded, so causality alone keeps real tokens from ever seeing padding: whole
-sequences need no mask beyond the causal one, and none is ever made from ``ids != pad_id``.
+Rows are right-padded, so the causal mask alone keeps real tokens from attending to padding. No mask
+is made from ``ids != pad_id``.
 """
 
 from typing import Literal, NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from cipo_jax.typing import Array, Bool, Float
 
 Implementation = Literal["xla", "cudnn"]
-_BLOCK, _BLOCKS = 128, 8  # queries of a block at least, blocks at most
+_BLOCK, _BLOCKS = 128, 8  # least queries per block, most blocks
 
 
 def causal_attention(
@@ -29,10 +29,10 @@ def causal_attention(
       k: keys, K divides N.
       v: values.
       implementation: "xla" runs anywhere, "cudnn" is flash attention on NVIDIA GPUs (16-bit only).
-      window: tokens that a query sees at most, itself included; None for all up to it.
+      window: tokens that a query attends to at most, itself included; None for no limit.
 
     Returns:
-      The attended values. Rows beyond a sequence's length hold numbers that mean nothing.
+      The attended values; undefined beyond a sequence's length.
     """
     if implementation == "xla":
         return _attention(q, k, v, window)
@@ -47,11 +47,11 @@ def causal_attention(
 
 
 def _attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
-    """Plain products of matrices, a block of queries at a time with the keys that it sees at all.
+    """Plain matrix products, one block of queries at a time with the keys that it attends to.
 
-    Batch and heads lead, and the queries that share keys lie side by side: from anything else
-    XLA's CPU compiler copies the scores, in the backward pass several times. With n blocks only
-    (n + 1) / 2n of all scores exist.
+    Batch and heads lead, and the queries that share keys are adjacent: with any other layout XLA's
+    CPU compiler copies the scores, in the backward pass several times. With n blocks only
+    (n + 1) / 2n of all scores are computed.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -81,14 +81,14 @@ def _attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
 class KV(NamedTuple):
     """Keys and values of a cache, in full precision or as int8 with a scale for each vector.
 
-    Keys lie with their slots last, so that a query times the keys is a plain product of matrices;
-    on a CPU that takes two thirds of the time.
+    Keys are stored with their slots last, so that queries times keys is a plain matrix product; on
+    a CPU that takes two thirds of the time.
 
     Attributes:
       k: [..., K, H, S] keys.
       v: [..., K, S, H] values.
-      k_scale: [..., K, S] what int8 keys are multiplied by; None in full precision.
-      v_scale: the same of the values.
+      k_scale: [..., K, S] factors of int8 keys; None in full precision.
+      v_scale: [..., K, S] factors of int8 values; None in full precision.
     """
 
     k: Array
@@ -100,7 +100,8 @@ class KV(NamedTuple):
 def quantized(kv: KV) -> KV:
     """Keys and values as int8, each vector scaled by its largest entry.
 
-    An entry is off by at most 1/254 of that; the cache takes a half to a quarter of the memory.
+    The error of an entry is at most 1/254 of that; the cache takes a half to a quarter of the
+    memory.
     """
 
     def one(x: Array, axis: int) -> tuple[Array, Array]:
@@ -127,18 +128,18 @@ def decode_attention(
     Args:
       q: this step's queries.
       prompt: keys and values of the prompts, of leading axes P, K.
-      prompt_visible: which prompt slots each query sees; m is n, or 1 where all see the same.
+      prompt_visible: prompt slots that each query attends to; m is n, or 1 if all are alike.
       own: keys and values of the samples' own tokens, of leading axes P x n, K.
-      own_visible: which of their own slots the queries see.
+      own_visible: slots of their own tokens that the queries attend to.
 
     Returns:
-      The attended values. Where a query sees nothing they mean nothing.
+      The attended values; undefined for a query that attends to nothing.
     """
     P, n, N, H = q.shape
     K, S = prompt.v.shape[1:3]
     R, G = own.v.shape[2], N // K
-    # Both products are spelled as plain batched ones, [B, K, queries, H] times [B, K, H, slots]:
-    # from anything else XLA's CPU compiler makes slow loops, or copies of the cache.
+    # Both products are plain batched ones, [B, K, queries, H] times [B, K, H, slots]: with any
+    # other form XLA's CPU compiler makes slow loops or copies of the cache.
     q = q * (H**-0.5)
     for_own = q.reshape(P * n, K, G, H)
     for_prompt = jnp.swapaxes(q.reshape(P, n, K, G, H), 1, 2).reshape(P, K, n * G, H)

@@ -2,7 +2,7 @@
 
 A `Rope` describes the wavelengths, `rotation` turns positions into cosines and sines once for all
 layers that share them, `rotate` applies them. The scalings are those of transformers, so that a
-model means the same here and there.
+model computes the same function here and there.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Wavelengths of a rotary embedding, and how they are stretched for longer contexts.
+    """Wavelengths of a rotary embedding, and their scaling to longer contexts.
 
     Attributes:
       theta: base of the geometric series of wavelengths.
       kind: default (Su et al. 2021, arXiv 2104.09864); linear (position interpolation, Chen et al.
-        2023, arXiv 2306.15595); dynamic (NTK-aware, with the length at hand); llama3 (Llama 3.1);
+        2023, arXiv 2306.15595); dynamic (NTK-aware, by the current length); llama3 (Llama 3.1);
         yarn (Peng et al. 2023, arXiv 2309.00071).
-      factor: by which the context is stretched.
-      trained_positions: context before the stretching; dynamic, llama3 and yarn need it.
-      low_freq_factor: llama3: wavelengths above trained_positions / this are stretched whole.
-      high_freq_factor: llama3: wavelengths below trained_positions / this are left alone.
-      beta_fast: yarn: dimensions that turn more often than this are left alone.
-      beta_slow: yarn: dimensions that turn less often than this are stretched whole.
+      factor: ratio of the longer context to the trained one.
+      trained_positions: length of the trained context; dynamic, llama3 and yarn need it.
+      low_freq_factor: llama3: wavelengths above trained_positions / this are scaled in full.
+      high_freq_factor: llama3: wavelengths below trained_positions / this are unchanged.
+      beta_fast: yarn: dimensions with more rotations per trained context are unchanged.
+      beta_slow: yarn: dimensions with fewer rotations per trained context are scaled in full.
       truncate: yarn: whether the range between the two is rounded outward to whole dimensions.
       scale: yarn: factor on cosines and sines, and so, squared, on the attention logits.
     """
@@ -56,14 +56,14 @@ class Rotation(NamedTuple):
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of dimensions, [H/2] float32; of "dynamic" the unstretched.
+    """Radians per position of each pair of dimensions, [H/2] float32; unscaled for "dynamic".
 
     Args:
       rope: the embedding.
       head_dim: H, even.
     """
     half = head_dim // 2
-    # As powers of a float32 series, not of a float64 one: that is what checkpoints are run with.
+    # Powers of a float32 series, not of a float64 one, since transformers computes them so.
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / (np.float32(rope.theta) ** exponents)).astype(np.float32)
     if rope.kind == "linear":
@@ -80,7 +80,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     if rope.kind == "yarn":
 
         def dimension(turns: float) -> float:
-            """The dimension that turns so often within the trained context."""
+            """The dimension with this number of rotations in the trained context."""
             context = rope.trained_positions / (turns * 2 * math.pi)
             return head_dim * math.log(context) / (2 * math.log(rope.theta))
 
@@ -90,8 +90,8 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         low, high = max(low, 0), min(high, head_dim - 1)
         if low == high:
             high += 0.001
-        stretched = np.clip((np.arange(half) - low) / (high - low), 0.0, 1.0)
-        return (plain / rope.factor * stretched + plain * (1 - stretched)).astype(np.float32)
+        scaled = np.clip((np.arange(half) - low) / (high - low), 0.0, 1.0)
+        return (plain / rope.factor * scaled + plain * (1 - scaled)).astype(np.float32)
     return plain
 
 
@@ -99,7 +99,7 @@ def rotation(
     rope: Rope | None,
     head_dim: int,
     positions: Int[Array, "*B T"],
-    known: Int[Array, "*B T"] | None = None,
+    seq_len_at_token: Int[Array, "*B T"] | None = None,
 ) -> Rotation:
     """Cosines and sines of tokens at given positions.
 
@@ -107,8 +107,8 @@ def rotation(
       rope: the embedding; None for layers without one, which are not rotated at all.
       head_dim: H, even.
       positions: absolute position of each token.
-      known: tokens that the sequence had when each token was computed, which is what a dynamic
-        embedding stretches by; by default the longest position + 1 of each row.
+      seq_len_at_token: tokens that the sequence had when each token was computed, which sets the
+        scaling of a dynamic embedding; by default the greatest position + 1 of each row.
 
     Returns:
       Float32 cosines and sines, one per token and pair of dimensions.
@@ -118,13 +118,13 @@ def rotation(
         shape = (*positions.shape, half)
         return Rotation(jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
     if rope.kind == "dynamic":
-        if known is None:
-            known = jnp.max(positions, axis=-1, keepdims=True) + 1
-        length = jnp.maximum(known, rope.trained_positions).astype(jnp.float32)
-        stretch = rope.factor * length / rope.trained_positions - (rope.factor - 1)
-        # theta' = theta * stretch^(H / (H - 2)), so each frequency is divided by a power of it.
+        if seq_len_at_token is None:
+            seq_len_at_token = jnp.max(positions, axis=-1, keepdims=True) + 1
+        length = jnp.maximum(seq_len_at_token, rope.trained_positions).astype(jnp.float32)
+        scaling = rope.factor * length / rope.trained_positions - (rope.factor - 1)
+        # theta' = theta * scaling^(H / (H - 2)), so each frequency is divided by a power of it.
         exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / (head_dim - 2)
-        turn = frequencies(rope, head_dim) * stretch[..., None] ** -exponents
+        turn = frequencies(rope, head_dim) * scaling[..., None] ** -exponents
     else:
         turn = jnp.asarray(frequencies(rope, head_dim))
     angles = positions[..., None].astype(jnp.float32) * turn

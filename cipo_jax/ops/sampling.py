@@ -1,7 +1,7 @@
 """Drawing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
-Arrays in, arrays out. The order of the rules is that of Hugging Face's ``generate``: penalty,
-temperature, top-k, top-p, min-p.
+They are applied in the order of Hugging Face's ``generate``: penalty, temperature, top-k, top-p,
+min-p.
 """
 
 import functools
@@ -13,22 +13,23 @@ from cipo_jax.typing import Array, Bool, Float, Int
 
 _BISECTIONS = 40
 _LIKELY = 64
-_BLOCK = 256  # tokens whose probabilities are summed before one of the sums is chosen
+_BLOCK = 256  # tokens per block of `categorical`
 
 
 def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"]:
     """The smallest set of most likely tokens whose probability reaches `top_p`, without a sort.
 
-    Nucleus sampling (Holtzman et al. 2020); tokens that tie with the last one are kept. Bisection
-    finds the probability from which on tokens still sum to `top_p`, on CPU only for rows whose few
-    most likely tokens do not. A sort of V numbers costs several times as much on every backend.
+    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751); tokens that tie with the last one are
+    kept. Bisection finds the greatest threshold at which the kept tokens sum to `top_p`; on a CPU
+    only if the `_LIKELY` most likely tokens do not. A sort of V numbers takes several times as long
+    on every backend.
 
     Args:
       logits: unnormalized log-probabilities.
       top_p: mass to keep, in (0, 1].
 
     Returns:
-      True where a token may be drawn; the most likely token always may.
+      True for tokens that may be drawn; always for the most likely one.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     threshold = jax.lax.platform_dependent(
@@ -40,7 +41,7 @@ def top_p_mask(logits: Float[Array, "*B V"], top_p: float) -> Bool[Array, "*B V"
 
 
 def _threshold(probs: Float[Array, "*B V"], top_p: float) -> Float[Array, "*B 1"]:
-    """The least probability in the nucleus, or one between it and the next, by bisection."""
+    """A threshold between the nucleus and the next smaller probability, by bisection."""
     high = jnp.max(probs, axis=-1, keepdims=True)
     low = jnp.zeros_like(high)
 
@@ -55,10 +56,10 @@ def _threshold(probs: Float[Array, "*B V"], top_p: float) -> Float[Array, "*B 1"
 
 
 def _threshold_of_likely(probs: Float[Array, "*B V"], top_p: float) -> Float[Array, "*B 1"]:
-    """The same from the few most likely tokens, where they reach `top_p`, as they mostly do.
+    """The same from the most likely tokens if they reach `top_p`, as they mostly do.
 
-    40 passes over the vocabulary take a CPU far longer than its top 64. Which way a row goes is a
-    matter of the row alone; only whether there is anything to bisect depends on the others.
+    On a CPU 40 passes over the vocabulary take far longer than a top-k of 64. The threshold of a
+    row depends on the row alone; the other rows only decide whether the bisection runs.
     """
     likely = jax.lax.top_k(probs, min(_LIKELY, probs.shape[-1]))[0]
     enough = jnp.cumsum(likely, axis=-1) >= top_p
@@ -72,10 +73,10 @@ def _threshold_of_likely(probs: Float[Array, "*B V"], top_p: float) -> Float[Arr
 
 
 def most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The index of the greatest entry, the first of equals.
+    """The index of the greatest entry, the first of equal ones.
 
-    XLA's argmax over a vocabulary is a slow loop on CPU; there the greatest block is found first,
-    by a plain maximum, and then the entry within it, in a twentieth of the time.
+    XLA's argmax over a vocabulary is a slow loop on a CPU. There a plain maximum finds the greatest
+    block first, and argmax the entry within it, in a twentieth of the time.
     """
     return jax.lax.platform_dependent(
         logits,
@@ -86,7 +87,7 @@ def most_likely(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 def _most_likely_by_blocks(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     rows, vocabulary = logits.shape
-    # One that leaves no rest: padding would copy the logits.
+    # A divisor of the vocabulary: padding would copy the logits.
     size = max(n for n in range(1, 2 * _BLOCK + 1) if vocabulary % n == 0)
     blocks = logits.reshape(rows, vocabulary // size, size)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
@@ -95,7 +96,7 @@ def _most_likely_by_blocks(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def top_k_mask(logits: Float[Array, "*B V"], top_k: int) -> Bool[Array, "*B V"]:
-    """The `top_k` most likely tokens, and whatever ties with the last of them."""
+    """The `top_k` most likely tokens, and all that tie with the last of them."""
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
     return logits >= kth
 
@@ -108,7 +109,7 @@ def min_p_mask(logits: Float[Array, "*B V"], min_p: float) -> Bool[Array, "*B V"
 def penalize(
     logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"], penalty: float
 ) -> Float[Array, "*B V"]:
-    """Makes tokens that were seen less likely: l / penalty if l > 0, else l * penalty (CTRL)."""
+    """Penalizes tokens that occurred: l / penalty if l > 0, else l * penalty (CTRL, 1909.05858)."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -117,13 +118,13 @@ def categorical(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws from softmax(logits) by its inverse distribution function, in two levels.
 
-    A block of tokens is chosen by the blocks' sums, then a token within it. Two uniform numbers a
-    row do what Gumbel noise needs V of, which would cost more than the rest of the rules together;
-    two, and not one, so that unlikely tokens are drawn as often as they should be in float32 too.
+    The first uniform number of a row chooses a block of tokens by the blocks' sums, the second one
+    a token within it. Gumbel noise would need V numbers a row, which take longer than all other
+    steps together. With one number instead of two, float32 would draw unlikely tokens too rarely.
 
     Args:
-      logits: minus infinity where a token may not be drawn; finite for at least one.
-      keys: [B] PRNG keys, one a row.
+      logits: minus infinity for tokens that may not be drawn; finite for at least one.
+      keys: [B] PRNG keys, one per row.
 
     Returns:
       Token ids, and log-sum-exp of the logits.
@@ -142,11 +143,24 @@ def categorical(
 
 
 def _inverse(weights: Float[Array, "B N"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The first index at which the running sum exceeds that share of the whole; no weight of 0."""
+    """The first index whose running sum exceeds that share of the total; never a weight of 0."""
     running = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0.0)
-    # The share is below 1, so an index is found however the running sum was rounded.
+    # The share is below 1, so an index is found for any rounding of the running sum.
     share = uniform[:, None] * jnp.max(running, axis=-1, keepdims=True)
     return jnp.argmax(running > share, axis=-1)
+
+
+def _mask(
+    logits: Float[Array, "B V"], top_k: int, top_p: float, min_p: float
+) -> Float[Array, "B V"]:
+    """Minus infinity for tokens that may not be drawn; the same array if all may."""
+    if top_k:
+        logits = jnp.where(top_k_mask(logits, top_k), logits, -jnp.inf)
+    if top_p < 1.0:
+        logits = jnp.where(top_p_mask(logits, top_p), logits, -jnp.inf)
+    if min_p > 0.0:
+        logits = jnp.where(min_p_mask(logits, min_p), logits, -jnp.inf)
+    return logits
 
 
 def draw(
@@ -162,24 +176,24 @@ def draw(
     seen: Bool[Array, "B V"] | None = None,
     forced: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-    """Draws one token a row.
+    """Draws one token per row.
 
     Args:
       logits: of the next token.
-      keys: [B] PRNG keys, one a row, so that a row's draw owes nothing to the others.
+      keys: [B] PRNG keys, one per row, so that a row's draw does not depend on the other rows.
       temperature: 0 takes the most likely token.
-      top_p: nucleus, applied after the temperature; 1 keeps everything.
-      vocabulary: ids from here on are never drawn; 0 for none.
-      top_k: most likely tokens that are kept; 0 keeps everything.
-      min_p: least probability that is kept, relative to the most likely token's; 0 for all.
+      top_p: nucleus mass, after the temperature; 1 keeps all tokens.
+      vocabulary: ids from here on are never drawn; 0 for no limit.
+      top_k: number of most likely tokens that are kept; 0 keeps all.
+      min_p: least probability that is kept, relative to the most likely token's; 0 keeps all.
       repetition_penalty: see `penalize`; 1 for none.
-      seen: the tokens that the penalty is for.
-      forced: ids to take in place of a draw; -1 where a row is free.
+      seen: the tokens that the penalty applies to.
+      forced: ids that replace the draw; -1 for rows that draw.
 
     Returns:
-      Token ids; their log-probabilities under the model itself (temperature 1, no rule); and their
-      log-probabilities under the distribution that they were drawn from, which is 0 for greedy
-      and forced tokens.
+      Token ids; their log-probabilities under the model (temperature 1, nothing masked); and their
+      log-probabilities under the distribution that they were drawn from, 0 for greedy and forced
+      tokens. In nats.
     """
     logits = logits.astype(jnp.float32)
     allowed = logits
@@ -187,22 +201,17 @@ def draw(
         allowed = penalize(allowed, seen, repetition_penalty)
     if 0 < vocabulary < logits.shape[-1]:
         allowed = jnp.where(jnp.arange(logits.shape[-1]) < vocabulary, allowed, -jnp.inf)
-    total = None  # log-sum-exp of the logits themselves
+    total = None  # log-sum-exp of the logits
     if temperature == 0.0:
         ids = most_likely(allowed)
         drawn_logps = jnp.zeros(ids.shape, jnp.float32)
     else:
-        warm = allowed if temperature == 1.0 else allowed / temperature
-        if top_k:
-            warm = jnp.where(top_k_mask(warm, top_k), warm, -jnp.inf)
-        if top_p < 1.0:
-            warm = jnp.where(top_p_mask(warm, top_p), warm, -jnp.inf)
-        if min_p > 0.0:
-            warm = jnp.where(min_p_mask(warm, min_p), warm, -jnp.inf)
-        ids, warm_total = categorical(warm, keys)
-        drawn_logps = _at(warm, ids) - warm_total
-        if warm is logits:  # No rule has changed anything, so that they need not be summed again.
-            total = warm_total
+        tempered = allowed if temperature == 1.0 else allowed / temperature
+        tempered = _mask(tempered, top_k, top_p, min_p)
+        ids, tempered_total = categorical(tempered, keys)
+        drawn_logps = _at(tempered, ids) - tempered_total
+        if tempered is logits:  # Nothing was masked or scaled: the sum is the same.
+            total = tempered_total
     if forced is not None:
         drawn_logps = jnp.where(forced >= 0, 0.0, drawn_logps)
         ids = jnp.where(forced >= 0, forced, ids)

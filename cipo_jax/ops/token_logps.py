@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, without [B, T, V] ever existing."""
+"""Log-probabilities of given tokens, without an array [B, T, V]."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ def token_logps(
 ) -> Float[Array, "B C"]:
     """Log-probability of each target under softmax(hidden @ head), in float32.
 
-    The tokens are cut into chunks of one size; a scan makes the logits of one chunk at a time, in
-    the forward pass and again in the backward pass, so that the largest array is [chunk, V]. The
-    target's logit is a masked sum rather than a gather, which stays local when V is sharded.
-    Its derivative is written out, for reverse mode alone.
+    The tokens are divided into chunks of equal size. A scan computes the logits of one chunk at a
+    time, in the forward pass and again in the backward pass, so that the largest array is
+    [chunk, V]. The target's logit is a masked sum instead of a gather, which stays local when V is
+    sharded. The derivative is written out, for reverse mode only.
 
     Args:
       hidden: final hidden states (after the last norm), at the positions that predict `targets`.
       head: output matrix.
       targets: token ids.
-      chunk: tokens per chunk at most.
+      chunk: most tokens per chunk.
 
     Returns:
       Log-probabilities in nats.
@@ -37,8 +37,8 @@ def token_logps(
     pad = chunks * chunk - tokens
     flat_hidden = jnp.pad(hidden.reshape(tokens, D), ((0, pad), (0, 0)))
     flat_targets = jnp.pad(targets.reshape(tokens), (0, pad))
-    # The head enters in f32, so that its gradient accumulates over the chunks in f32 even where
-    # the products themselves run in a narrower dtype.
+    # The head is an f32 argument, so that its gradient accumulates over the chunks in f32 even if
+    # the products run in a narrower dtype.
     logps = _chunked(
         flat_hidden.reshape(chunks, chunk, D),
         head.astype(jnp.float32),
@@ -52,7 +52,7 @@ def _logits(h: Array, head: Array) -> Array:
 
 
 def _is_target(y: Array, V: int) -> Array:
-    """[n, V]; tied to `y`, lest XLA makes the numbers of all entries once and keeps them."""
+    """One-hot mask [n, V]. The barrier keeps XLA from hoisting the iota out of the loop."""
     y, vocabulary = jax.lax.optimization_barrier((y, jnp.arange(V, dtype=y.dtype)))
     return y[:, None] == vocabulary
 
@@ -81,7 +81,7 @@ def _backward(kept: Any, cotangents: Array) -> tuple[Array, Array, None]:
     def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
         h, y, total, g = part
         with jax.named_scope("token_logps"):
-            # Of target - logsumexp: what is the target's, less the softmax.
+            # The derivative of target - logsumexp: one-hot of the target minus softmax.
             softmax = jnp.exp(_logits(h, head) - total[:, None])
             d = g[:, None] * (_is_target(y, head.shape[1]).astype(jnp.float32) - softmax)
             d = d.astype(h.dtype)

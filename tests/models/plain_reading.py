@@ -1,4 +1,4 @@
-"""Loading done over again the plain way, and an eye on what the loader reads of the files."""
+"""A plain loader to compare with, and counters of the reads of safetensors files."""
 
 import contextlib
 import weakref
@@ -79,7 +79,7 @@ class _Slice:
 
 
 class _Handle:
-    """What safe_open gives, but for whole tensors, which nobody is to take."""
+    """A file of safe_open without the method that reads whole tensors."""
 
     def __init__(self, handle, reads, seen):
         self._handle, self._reads, self._seen = handle, reads, seen
@@ -94,7 +94,7 @@ class _Handle:
 
 @contextlib.contextmanager
 def counted_reads(seen=lambda name, part: None):
-    """Yields a dict that fills with the sizes of what is read of each tensor; `seen` is told."""
+    """Yields a dict: tensor -> bytes of each read of it. Each read is passed to `seen`."""
     real, reads = safetensors.safe_open, {}
     safetensors.safe_open = lambda path, framework: _Handle(real(path, framework), reads, seen)
     try:
@@ -104,7 +104,7 @@ def counted_reads(seen=lambda name, part: None):
 
 
 class Alive:
-    """Bytes of numpy arrays that were handed out and are still referred to, by their address."""
+    """Bytes of the numpy arrays that were read and are still alive, by address."""
 
     def __init__(self):
         self._parts = {}

@@ -1,4 +1,4 @@
-"""What makes XLA compile some times faster; these tests run little models once."""
+"""Options of XLA that shorten compilation; these tests run small models once."""
 
 import jax
 import jax.numpy as jnp

@@ -105,7 +105,7 @@ def test_layers_are_of_the_kinds_that_were_given():
             dataclasses.replace(config, layer_kinds=(LayerKind(),) * count)
 
 
-def test_the_kind_of_each_layer_counts():
+def test_the_kind_of_each_layer_changes_the_hidden_states():
     config, tokens = KINDS["kinds"], random_tokens()
     params = random_params(config)
     wanted = hidden(config, Compute(), params, tokens)
@@ -146,7 +146,7 @@ def test_remat_modes_agree_and_recompute():
         for a, b in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
             scale = float(jnp.max(jnp.abs(b)))
             np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * scale)
-    # What is kept for the backward pass shrinks in this order.
+    # The residuals of the backward pass shrink in this order.
     assert residuals["full"] < residuals["names"] < residuals["none"]
 
 
@@ -186,7 +186,7 @@ def test_parameters_have_their_shapes(kind):
     assert shapes(abstract_params(config)) == wanted
 
 
-def test_init_params_makes_what_abstract_params_promises():
+def test_abstract_params_has_the_shapes_of_init_params():
     init = jax.jit(init_params, static_argnums=0, compiler_options=QUICK)
     params = init(BASE, jax.random.key(0))
 
@@ -195,7 +195,7 @@ def test_init_params_makes_what_abstract_params_promises():
 
     assert shapes(params) == shapes(abstract_params(BASE))
     assert float(jnp.std(params["embed"])) == pytest.approx(0.02, rel=0.1)
-    # Layers are drawn apart.
+    # Layers have different values.
     kernels = params["layers"]["block"]["gate"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
 
@@ -225,13 +225,13 @@ def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant():
         wanted = hidden(KINDS[kind], Compute(), params, tokens)
         scaled = with_block(with_block(params, "q", lambda x: 4 * x), "k", lambda x: 4 * x)
         found = hidden(KINDS[kind], Compute(), scaled, tokens)
-        # Norms divide by sqrt(mean square + 1e-6), so that scales count for 1e-6 or so.
+        # Norms divide by sqrt(mean square + 1e-6), so that scales change about 1e-6.
         difference = float(jnp.max(jnp.abs(found - wanted)))
         assert difference > 1e-1 if moves else difference < 1e-3
 
 
 @pytest.mark.parametrize("name", ["q_norm", "k_norm"])
-def test_scales_of_qk_norms_count(name):
+def test_scales_of_qk_norms_change_the_hidden_states(name):
     config, tokens = KINDS["qk_norm"], random_tokens()
     params = random_params(config)
     wanted = hidden(config, Compute(), params, tokens)
@@ -240,7 +240,7 @@ def test_scales_of_qk_norms_count(name):
 
 
 def test_norms_of_heads_apart_and_together():
-    """Of which scales do queries and keys lose track: each head's, or that of all of them?"""
+    """A norm over each head cancels a scale of one head; a norm over all heads does not."""
     one_head = jnp.array([4.0, 1.0])[:, None]
     for kind, scale, moves in (
         ("qk_norm", one_head, False),
@@ -269,7 +269,7 @@ def test_post_norms_make_the_scale_of_a_branch_irrelevant(name):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "o", "gate", "up", "down"])
-def test_biases_count(name):
+def test_biases_change_the_hidden_states(name):
     config, tokens = KINDS["all_biases"], random_tokens()
     params = random_params(config)
     wanted = hidden(config, Compute(), params, tokens)

@@ -1,4 +1,4 @@
-"""config.json: what published ones mean, and what is refused."""
+"""config.json: published ones are read as transformers reads them, others are refused."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from cipo_jax.models.decoder import DecoderConfig, LayerKind, abstract_params
 from cipo_jax.models.hf_config import SUPPORTED, config_json, decoder_config, read_config
 from cipo_jax.ops.rope import Rope, frequencies, rotation
 
-# As they are published, but for names of versions; "parameters" is what their pages say.
+# As published, without names of versions; "parameters" is from the pages of the models.
 _COMMON = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
@@ -266,7 +266,7 @@ KINDS = {
     "DeepSeek-R1-Distill-Qwen-14B": [LayerKind(Rope(1e6))],
     "DeepSeek-R1-Distill-Llama-8B": [LayerKind(_LLAMA3)],
     "DeepSeek-R1-Distill-Llama-70B": [LayerKind(_LLAMA3)],
-    # attn_factor is not what transformers goes by; the scale is that of the paper.
+    # transformers ignores attn_factor; the scale is that of the paper.
     "DeepSeek-R1-0528-Qwen3-8B": [
         LayerKind(Rope(1e6, "yarn", 4.0, 32768, scale=0.1 * math.log(4) + 1))
     ],
@@ -285,7 +285,7 @@ KINDS = {
 
 
 def error_of(folder, fields):
-    """The one line that read_config stops with, which must name the file."""
+    """The error of read_config: one line that names the file."""
     path = folder / "config.json"
     path.write_text(json.dumps(fields))
     with pytest.raises(UserError) as caught:
@@ -311,7 +311,7 @@ def test_published_models_are_read(model, tmp_path):
     assert not config.o_bias and not config.mlp_bias
     assert config.qk_norm == {"qwen3": "head", "olmo2": "all", "olmo3": "all"}.get(family, "none")
     assert config.post_norm == (family in ("olmo2", "olmo3"))
-    # Of SmolLM3 its class knows that the head is tied; the file does not say.
+    # The head of SmolLM3 is tied by default; the file does not have the field.
     assert config.tied_head == fields.get("tie_word_embeddings", family == "smollm3")
 
 
@@ -349,7 +349,7 @@ def test_older_and_newer_spellings_of_rope_give_one_config():
         {"rope_theta": 5e5, "rope_scaling": None},
         {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        # The more particular one counts, as in transformers.
+        # The more specific one counts, as in transformers.
         {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
     ]
     assert {decoder_config(small(**rope)) for rope in spellings} == {
@@ -368,7 +368,7 @@ def test_older_and_newer_spellings_of_rope_give_one_config():
         assert decoder_config(small(**rope)).layer_kinds == wanted
 
 
-def test_what_the_file_leaves_out_is_what_transformers_takes():
+def test_missing_fields_have_the_defaults_of_transformers():
     for family in ("Llama", "Qwen2", "Qwen3", "SmolLM3", "Olmo2", "Olmo3", "Mistral"):
         config = decoder_config(small(family))
         assert config.tied_head == (family == "SmolLM3")
@@ -391,7 +391,7 @@ def test_windows_are_where_the_config_switches_them_on():
     assert windows_of("Mistral", sliding_window=16) == [16] * 4
     assert windows_of("Mistral", sliding_window=None) == [None] * 4
     assert windows_of("Olmo3", sliding_window=16) == [16, 16, 16, None]
-    # Layers that are rotated see everything.
+    # Layers with a rope attend to everything.
     assert windows_of("SmolLM3", **SLIDES, no_rope_layers=[1, 0, 1, 0]) == [None, 16] * 2
     ropes = [kind.rope for kind in kinds_of("SmolLM3", no_rope_layers=[1, 0, 0, 1])]
     assert ropes == [Rope(2e6), None, None, Rope(2e6)]
@@ -410,7 +410,7 @@ def test_biases_are_where_the_config_has_them():
         assert biases(family, mlp_bias=True) == (False, False, True)
     for family in ("Qwen3", "Olmo2", "Olmo3"):
         assert biases(family, attention_bias=True) == (True, True, False)
-    # Whatever that field says, as in transformers.
+    # Independent of that field, as in transformers.
     for fields in ({}, {"attention_bias": False}, {"attention_bias": True}):
         assert biases("Qwen2", **fields) == (True, False, False)
 
@@ -424,14 +424,14 @@ PLAIN = {"rope_type": "default"}
 @pytest.mark.parametrize(
     ("family", "field", "fields"),
     [
-        # What no architecture here knows.
+        # Fields that no architecture here has.
         ("Llama", "attention_multiplier", {"attention_multiplier": 0.5}),
         ("Llama", "logit_scale", {"logit_scale": 0}),
         ("Llama", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("Llama", "original_max_position_embeddings", {"original_max_position_embeddings": 16}),
         ("Llama", "hidden_act", {"hidden_act": "gelu"}),
         ("Llama", "per_layer_config", {"per_layer_config": {"0": {"hidden_size": 8}}}),
-        # What others know.
+        # Fields of other architectures.
         ("Mistral", "attention_bias", {"attention_bias": True}),
         ("Qwen3", "mlp_bias", {"mlp_bias": True}),
         ("Olmo2", "mlp_bias", {"mlp_bias": True}),
@@ -450,7 +450,7 @@ PLAIN = {"rope_type": "default"}
         ("Qwen2", "layer_types", {"layer_types": HALF[:3], **SLIDES}),
         ("Qwen2", "layer_types", {"layer_types": ["chunked_attention"] * 4}),
         ("Qwen2", "layer_types", {"layer_types": "full_attention"}),
-        # Layers that slide without a window: transformers stops, or goes by sliding_window.
+        # Sliding layers without a window: transformers fails, or reads sliding_window.
         ("Qwen2", "layer_types", {"layer_types": HALF, "sliding_window": 16}),
         ("SmolLM3", "layer_types", {"layer_types": HALF, "sliding_window": 16}),
         ("SmolLM3", "layer_types", {"layer_types": HALF}),
@@ -483,7 +483,7 @@ PLAIN = {"rope_type": "default"}
             "rope_scaling",
             {"rope_parameters": {"full_attention": PLAIN}, "rope_scaling": YARN},
         ),
-        # Ignored by transformers, which wants Olmo3's by kinds of layer.
+        # Ignored by transformers, which reads Olmo3's per kind of layer.
         ("Olmo3", "rope_parameters", {"rope_parameters": YARN | {"rope_theta": 7.0}}),
         ("Olmo3", "other", {"rope_parameters": {"full_attention": PLAIN, "other": PLAIN}}),
         # Types and sizes.
@@ -509,12 +509,12 @@ PLAIN = {"rope_type": "default"}
             "max_position_embeddings",
             {"max_position_embeddings": "2", "rope_scaling": YARN},
         ),
-        # Whose are these weights?
+        # Contradictory or quantized.
         ("Llama", "model_type", {"model_type": "qwen2"}),
         ("Llama", "quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(family, field, fields, tmp_path):
+def test_a_field_that_is_not_understood_is_named(family, field, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(small(family)))
     read_config(tmp_path)
     assert field in error_of(tmp_path, small(family, **fields))
@@ -543,7 +543,7 @@ def test_scaled_ropes_need_the_context(kind, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["MixtralForCausalLM"], ["GPT2LMHeadModel"], [], None])
-def test_unsupported_architectures_are_told_the_supported_ones(names, tmp_path):
+def test_errors_for_unsupported_architectures_list_the_supported_ones(names, tmp_path):
     message = error_of(tmp_path, small(architectures=names))
     assert (names or ["(none)"])[0] in message
     for name in SUPPORTED:
@@ -569,7 +569,7 @@ def test_harmless_fields_change_nothing():
     assert decoder_config(small(**harmless)) == decoder_config(small())
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         read_config(tmp_path / "nowhere")
 
@@ -577,7 +577,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wanted"), [('{\n"vocab_size": 3,\n}', ":3"), ("[1]", "object"), ("\xff", "")]
 )
-def test_a_file_that_is_no_json_object_is_named(text, wanted, tmp_path):
+def test_a_file_that_is_not_a_json_object_is_named(text, wanted, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError) as caught:
@@ -587,7 +587,7 @@ def test_a_file_that_is_no_json_object_is_named(text, wanted, tmp_path):
 
 
 def _random_rope(rng, kind):
-    """A valid rope of a kind, as config.json says it, with the shape that goes with it."""
+    """Fields of a config.json with a valid rope of a kind."""
     trained = int(2 ** rng.uniform(5, 17))
     fields = {
         "head_dim": int(rng.choice([4, 10, 64, 80, 128])),
@@ -640,7 +640,7 @@ def test_random_ropes_are_those_of_transformers(kind):
             found = frequencies(rope, fields["head_dim"])
         plain = frequencies(Rope(fields["rope_theta"]), fields["head_dim"])
         stretched += not np.allclose(found, plain, rtol=1e-3)
-        # Powers of float32 numbers near 1e6 are known to 1e-5 or so.
+        # Powers of float32 numbers near 1e6 have an error of about 1e-5.
         np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-5, err_msg=str(fields))
         assert rope.scale == pytest.approx(scale, rel=1e-12)
     assert stretched > 50
@@ -649,7 +649,7 @@ def test_random_ropes_are_those_of_transformers(kind):
 @pytest.mark.parametrize(
     "shape", [{}, {"tied_head": True}, {"qkv_bias": True}, {"qk_norm": "head"}], ids=str
 )
-def test_our_own_config_json_means_the_model(shape):
+def test_config_json_describes_the_model(shape):
     config = DecoderConfig(64, 32, 48, 2, 4, 2, 10, layer_kinds=(LayerKind(Rope(7.0)),), **shape)
     fields = json.loads(json.dumps(config_json(config)))
     assert decoder_config(fields) == config
@@ -668,6 +668,6 @@ def test_our_own_config_json_means_the_model(shape):
     ],
     ids=str,
 )
-def test_there_is_no_config_json_of_our_own_for_other_models(shape):
+def test_config_json_refuses_other_models(shape):
     with pytest.raises(ValueError, match=r"config\.json"):
         config_json(DecoderConfig(64, 32, 48, 2, 4, 2, 8, **shape))

