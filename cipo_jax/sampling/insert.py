@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import UInt
 
 from cipo_jax.sampling.state import IDLE, KEY_IMPL, Rows
 from cipo_jax.typing import Array, Bool, Int, Params
@@ -32,10 +33,10 @@ def copy_groups(tree: Params, source: Int[Array, " P"], into: Int[Array, " P"]) 
 
 def start_rows(
     rows: Rows,
-    key: Int[Array, " k"],
+    key: UInt[Array, " k"],
     start: Bool[Array, "G w"],
-    items: Int[Array, "G w"],
-    samples: Int[Array, "G w"],
+    items: UInt[Array, "G w"],
+    samples: UInt[Array, "G w"],
     limits: Int[Array, "G w"],
     closed: Bool[Array, "G w"],
 ) -> Rows:

@@ -34,8 +34,8 @@ def main():
     sampler = Sampler(CONFIG, Compute(), mesh, 4, 16)
     prepared = sampler.prepare(params)
     made = sampler.stream(prepared, SamplingJob(made_requests()[:8], SAMPLED, KEY, 2))
-    told = {"completions": [[c.item, c.sample, c.ids, c.stop] for c in made]}
-    print(json.dumps(told), flush=True)
+    results = {"completions": [[c.item, c.sample, c.ids, c.stop] for c in made]}
+    print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

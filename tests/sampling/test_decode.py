@@ -54,10 +54,10 @@ def _prompts(seed=0):
     return np.where(np.arange(S) < LENGTHS[:, None], prompts, 0)
 
 
-def _run(rules, prompts=None, lengths=LENGTHS, keys=None, config=TIED):
+def _run(sampling_params, prompts=None, lengths=LENGTHS, keys=None, config=TIED):
     prompts = _prompts() if prompts is None else prompts
     keys = _keys() if keys is None else keys
-    out = _generate(config, Compute(), rules, _decoding(config), prompts, lengths, keys)
+    out = _generate(config, Compute(), sampling_params, _decoding(config), prompts, lengths, keys)
     return jax.tree.map(np.asarray, out)
 
 
@@ -174,9 +174,9 @@ def test_one_new_token(stops):
     assert (out.stops == (STOPPED_BY_ID if stops else STOPPED_AT_LENGTH)).all()
 
 
-@pytest.mark.parametrize("rules", [GREEDY, WARM], ids=["greedy", "sampled"])
-def test_a_row_depends_on_its_prompt_and_its_key_alone(rules):
-    whole = _run(rules)
+@pytest.mark.parametrize("sampling_params", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_a_row_depends_on_its_prompt_and_its_key_alone(sampling_params):
+    whole = _run(sampling_params)
 
     def same(got, i, j, a, b):
         np.testing.assert_array_equal(got.ids[i, j], whole.ids[a, b])
@@ -184,7 +184,7 @@ def test_a_row_depends_on_its_prompt_and_its_key_alone(rules):
 
     # Its place: prompts and samples in another order.
     order, flip = np.array([2, 0, 1]), np.array([1, 0])
-    moved = _run(rules, _prompts()[order], LENGTHS[order], _keys()[order][:, flip])
+    moved = _run(sampling_params, _prompts()[order], LENGTHS[order], _keys()[order][:, flip])
     for i, j in np.ndindex(3, N):
         same(moved, i, j, order[i], flip[j])
 
@@ -192,20 +192,20 @@ def test_a_row_depends_on_its_prompt_and_its_key_alone(rules):
     mixed, lengths = _prompts(1).copy(), np.array([3, 5, 2], np.int32)
     mixed[1] = _prompts()[1]
     keys = _keys(seed=9).at[1, 1].set(_keys()[1, 1])
-    same(_run(rules, mixed, lengths, keys), 1, 1, 1, 1)
+    same(_run(sampling_params, mixed, lengths, keys), 1, 1, 1, 1)
 
     # What stands past the prompt's length.
     noisy = np.where(np.arange(S) < LENGTHS[:, None], _prompts(), 61).astype(np.int32)
-    got = _run(rules, noisy)
+    got = _run(sampling_params, noisy)
     for i, j in np.ndindex(3, N):
         same(got, i, j, i, j)
 
     # How many others there are, and how far the prompt is padded.
     alone = np.zeros((1, 13), np.int32)
     alone[0, :S] = _prompts()[1]
-    same(_run(rules, alone, LENGTHS[1:2], _keys()[1:2, 1:2]), 0, 0, 1, 1)
+    same(_run(sampling_params, alone, LENGTHS[1:2], _keys()[1:2, 1:2]), 0, 0, 1, 1)
     crowd = jnp.concatenate([_keys(seed=5), _keys()], axis=1)
-    same(_run(rules, keys=crowd), 1, 3, 1, 1)
+    same(_run(sampling_params, keys=crowd), 1, 3, 1, 1)
 
 
 def test_samples_and_seeds_differ_and_repeat():
@@ -230,9 +230,9 @@ def _nucleus(logps, temperature, top_p):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (1.5, 0.6)])
 def test_first_tokens_follow_the_tempered_nucleus(temperature, top_p):
     draws = 4096
-    rules = SamplingParams(1, (), temperature, top_p)
+    sampling_params = SamplingParams(1, (), temperature, top_p)
     prompts, lengths = _prompts()[1:2], LENGTHS[1:2]
-    out = _run(rules, prompts, lengths, _keys(1, draws))
+    out = _run(sampling_params, prompts, lengths, _keys(1, draws))
     logps = np.asarray(_teacher(TIED, _params(TIED), prompts))[0, lengths[0] - 1]
     expected = _nucleus(logps, temperature, top_p)
     counts = np.bincount(out.ids.reshape(-1), minlength=64)
@@ -248,8 +248,8 @@ def test_first_tokens_follow_the_tempered_nucleus(temperature, top_p):
 
 
 def test_later_tokens_stay_inside_the_nucleus():
-    rules = SamplingParams(R, (), temperature=1.5, top_p=0.5)
-    out = _run(rules)
+    sampling_params = SamplingParams(R, (), temperature=1.5, top_p=0.5)
+    out = _run(sampling_params)
     forced, outside = _forced(out), 0
     for at in np.ndindex(3, N, R):
         # 1e-4 more, since a token on the very edge may fall to either side in f32.

@@ -21,7 +21,7 @@ GREEDY = SamplingParams(150, (3, 5))
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def told(completions):
+def results(completions):
     """{(item, sample): (ids, why it ended)}, and log-probabilities beside them."""
     completions = list(completions)
     return (
@@ -35,8 +35,8 @@ def wanted(params):
     """Three samples of each request, all of them decoded at once to the end."""
     sampler = Sampler(CONFIG, Compute(), one_device(), 64, decode_chunk=300)
     prepared = sampler.prepare(params)
-    found = told(sampler.stream(prepared, SamplingJob(made_requests(), SAMPLED, KEY, 3)))
-    greedy = told(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
+    found = results(sampler.stream(prepared, SamplingJob(made_requests(), SAMPLED, KEY, 3)))
+    greedy = results(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
     lengths = [len(ids) for ids, _ in found[0].values()]
     # Rings have grown and turned, and batches shrunk, by such lengths.
     assert min(lengths) < 10 and max(lengths) > 128 and len(lengths) == 57
@@ -55,11 +55,11 @@ def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
     rng.shuffle(requests)
     # Some of the requests only: the others must not be missed.
     requests = requests[: rng.randint(5, 19)]
-    for rules, samples, (ids, logps) in (
+    for sampling_params, samples, (ids, logps) in (
         (SAMPLED, 3, wanted[0]), (SAMPLED, rng.choice([1, 2]), wanted[0]), (GREEDY, 1, wanted[1])
     ):  # fmt: skip
-        found, found_logps = told(
-            sampler.stream(prepared, SamplingJob(requests, rules, KEY, samples))
+        found, found_logps = results(
+            sampler.stream(prepared, SamplingJob(requests, sampling_params, KEY, samples))
         )
         assert found.keys() == {(r.item, s) for r in requests for s in range(samples)}
         assert found == {at: ids[at] for at in found}
@@ -70,7 +70,7 @@ def test_slots_chunks_and_order_do_not_show(params, wanted, seed):
 @pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_a_mesh_does_not_show(params, wanted, sizes):
     sampler = Sampler(CONFIG, Compute(), make_mesh(*sizes), 16, 16)
-    found, _ = told(
+    found, _ = results(
         sampler.stream(sampler.prepare(params), SamplingJob(made_requests(), SAMPLED, KEY, 3))
     )
     assert found == wanted[0][0]
@@ -107,11 +107,11 @@ def test_closing_the_stream_leaves_nothing_behind(params, wanted):
     stream.close()
     assert alive() - before < 2**14  # and gone, but for a few numbers.
     assert (first.ids, first.stop) == wanted[0][0][first.item, first.sample]
-    again, _ = told(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
+    again, _ = results(sampler.stream(prepared, SamplingJob(made_requests(), GREEDY, KEY)))
     assert again == wanted[1][0]
 
 
-def test_speed_is_told_and_does_not_count_in_comparisons(params):
+def test_speed_is_measured_and_not_compared(params):
     sampler = Sampler(CONFIG, Compute(), one_device(), 8, 8)
     first, *_ = sampler.stream(sampler.prepare(params), SamplingJob(made_requests(3), GREEDY, KEY))
     assert first.tokens_per_second == len(first.ids) / first.seconds > 0
@@ -120,7 +120,7 @@ def test_speed_is_told_and_does_not_count_in_comparisons(params):
 
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(wanted):
-    for told in told_by_two(Path(__file__).with_name("sampling_process.py")):
-        found = {(item, sample): (ids, stop) for item, sample, ids, stop in told["completions"]}
+    for printed in told_by_two(Path(__file__).with_name("sampling_process.py")):
+        found = {(item, sample): (ids, stop) for item, sample, ids, stop in printed["completions"]}
         assert found == {at: wanted[0][0][at] for at in found}
         assert len(found) == 8 * 2

@@ -15,7 +15,7 @@ from cipo_jax.sampling.decode import decode
 from cipo_jax.sampling.state import empty_state
 from cipo_jax.training.mesh import make_mesh, param_shardings
 
-RULES = SamplingParams(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
+SAMPLED = SamplingParams(8, (3, 5, 8, 13), temperature=1.0, top_p=0.95)
 GREEDY = SamplingParams(8, (3, 5, 8, 13))
 KEY = jax.random.key(4)
 # Batches of other sizes are other programs, which sum in another order: f32 rounding of logits of
@@ -45,8 +45,8 @@ def fours(params):
     return sampler, sampler.prepare(params)
 
 
-def _all(sampler, params, requests, rules=RULES, samples=1):
-    return sampler.sample(params, SamplingJob(requests, rules, KEY, samples))
+def _all(sampler, params, requests, sampling_params=SAMPLED, samples=1):
+    return sampler.sample(params, SamplingJob(requests, sampling_params, KEY, samples))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,13 @@ def test_each_request_gets_its_own_samples_in_order(params, requests, drawn):
         row[: len(request.prompt)] = request.prompt
     lengths = np.array([len(r.prompt) for r in requests], np.int32)
     out = jax.jit(generate, static_argnums=(0, 1, 2))(
-        CONFIG, Compute(), RULES, decoding_layout(CONFIG, params, "float32"), prompts, lengths, keys
+        CONFIG,
+        Compute(),
+        SAMPLED,
+        decoding_layout(CONFIG, params, "float32"),
+        prompts,
+        lengths,
+        keys,
     )
     for i, samples in enumerate(drawn):
         for j, sample in enumerate(samples):
@@ -85,8 +91,8 @@ def test_each_request_gets_its_own_samples_in_order(params, requests, drawn):
             np.testing.assert_allclose(
                 sample.logps, out.logps[i, j, :length], rtol=0, atol=LOGP_ATOL
             )
-            assert sample.stopped == (sample.ids[-1] in RULES.stop_ids)
-            assert sample.stopped or len(sample.ids) == RULES.max_new_tokens
+            assert sample.stopped == (sample.ids[-1] in SAMPLED.stop_ids)
+            assert sample.stopped or len(sample.ids) == SAMPLED.max_new_tokens
     # Both ends occur, and samples of one request differ: the test above is not about constants.
     assert {s.stopped for r in drawn for s in r} == {True, False}
     assert any(a.ids != b.ids for a, b in drawn)
@@ -141,7 +147,7 @@ def test_equal_samplers_share_what_is_compiled(params, requests):
     made = []
     for _ in range(2):
         sampler = Sampler(CONFIG, Compute(), make_mesh(2, 1, 2, jax.devices()[:4]), 5, 9)
-        job = SamplingJob(requests, RULES, jax.random.key(4), num_samples=2)
+        job = SamplingJob(requests, SAMPLED, jax.random.key(4), num_samples=2)
         made.append(sampler.sample(sampler.prepare(params), job))
         if len(made) == 1:
             jax.monitoring.register_event_duration_secs_listener(count)
@@ -192,13 +198,17 @@ def test_the_cache_is_updated_in_place(real_compilation):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 20])
-@pytest.mark.parametrize("rules", [RULES, GREEDY], ids=["sampled", "greedy"])
-def test_a_completion_that_is_watched_is_the_one_that_is_not(params, requests, chunk, rules):
+@pytest.mark.parametrize("sampling_params", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
+def test_a_completion_that_is_watched_is_the_one_that_is_not(
+    params, requests, chunk, sampling_params
+):
     sampler = dataclasses.replace(_sampler(1), decode_chunk=chunk)
     prepared = sampler.prepare(params)
     ends = set()
-    for request, (wanted,) in zip(requests, _all(sampler, prepared, requests, rules), strict=True):
-        seen = list(sampler.stream_parts(prepared, SamplingJob([request], rules, KEY)))
+    for request, (wanted,) in zip(
+        requests, _all(sampler, prepared, requests, sampling_params), strict=True
+    ):
+        seen = list(sampler.stream_parts(prepared, SamplingJob([request], sampling_params, KEY)))
         assert seen[-1].ids == wanted.ids and seen[-1].stopped == wanted.stopped
         np.testing.assert_allclose(seen[-1].logps, wanted.logps, rtol=0, atol=LOGP_ATOL)
         for before, after in itertools.pairwise(seen):
@@ -214,20 +224,22 @@ def test_ids_that_only_pad_the_embedding_are_never_drawn(params, requests):
     drawn = _all(sampler, prepared, requests, SamplingParams(8, (), 1.0), samples=2)
     assert any(i >= 30 for r in drawn for s in r for i in s.ids)
     for temperature in (0.0, 1.0):
-        rules = SamplingParams(8, (), temperature, vocabulary=30)
-        for row in _all(sampler, prepared, requests, rules, samples=2):
+        sampling_params = SamplingParams(8, (), temperature, vocabulary=30)
+        for row in _all(sampler, prepared, requests, sampling_params, samples=2):
             assert all(i < 30 for s in row for i in s.ids)
 
 
-def test_rules_end_where_a_model_ends_and_draw_what_its_tokenizer_has():
+def test_params_have_the_stop_ids_and_the_vocabulary_of_a_chat_format():
     from cipo_jax.hub import load_tokenizer, resolve
     from cipo_jax.text.chat_format import ChatFormat
 
     tokenizer = load_tokenizer(resolve("asset:tiny_lrm/target"))
-    rules = SamplingParams.for_chat(ChatFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
+    sampling_params = SamplingParams.for_chat(ChatFormat(tokenizer, stop_ids=(7, 9)), 5, 0.5, 0.9)
     close_ids = tuple(tokenizer.encode("</think>", add_special_tokens=False))
     stop_ids = (tokenizer.eos_token_id, 7, 9)
-    assert rules == SamplingParams(5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids)
+    assert sampling_params == SamplingParams(
+        5, stop_ids, 0.5, 0.9, len(tokenizer), close_ids=close_ids
+    )
 
 
 def test_sampling_params_of_the_config():

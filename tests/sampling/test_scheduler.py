@@ -1,4 +1,4 @@
-"""The host's book-keeping against a device that is played by dice."""
+"""The scheduler with a simulated device, whose completions have random lengths."""
 
 import random
 
@@ -46,7 +46,7 @@ def test_long_prompts_are_computed_few_at_a_time():
 
 
 class Device:
-    """Rows that decode, told nothing but what a flight carries."""
+    """Rows that decode; it knows only what is dispatched to it."""
 
     def __init__(self, scheduler, rng, lengths):
         self.scheduler, self.rng, self.lengths = scheduler, rng, lengths

@@ -1,4 +1,4 @@
-"""What the rules and a request may ask for beyond temperature and top-p."""
+"""Sampling parameters other than temperature and top-p, and limits of requests."""
 
 import dataclasses
 
@@ -52,19 +52,19 @@ def _logits(params, tokens):
     return hidden_states(CONFIG, Compute(), params, tokens) @ params["embed"].T
 
 
-def reference(logits, seen, rules):
+def reference(logits, seen, sampling_params):
     """Log-probabilities of the distribution that a token is drawn from, by sorting."""
-    logits = np.where(seen, np.where(logits > 0, logits / rules.repetition_penalty,
-                                     logits * rules.repetition_penalty), logits)  # fmt: skip
-    logits = logits / rules.temperature
-    if rules.top_k:
-        logits = np.where(logits >= np.sort(logits)[-rules.top_k], logits, -np.inf)
+    penalty = sampling_params.repetition_penalty
+    logits = np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = logits / sampling_params.temperature
+    if sampling_params.top_k:
+        logits = np.where(logits >= np.sort(logits)[-sampling_params.top_k], logits, -np.inf)
     p = np.exp(logits - logits.max())
     p /= p.sum()
     order = np.argsort(-p)
     below = np.cumsum(p[order]) - p[order]
-    p[order[below >= rules.top_p]] = 0.0
-    p[p < rules.min_p * p.max()] = 0.0
+    p[order[below >= sampling_params.top_p]] = 0.0
+    p[p < sampling_params.min_p * p.max()] = 0.0
     with np.errstate(divide="ignore"):
         return np.log(p / p.sum())
 
@@ -82,26 +82,26 @@ def reference(logits, seen, rules):
 def test_both_log_probabilities_are_those_of_a_plain_computation(
     sampler, prepared, params, requests, changes
 ):
-    rules = SamplingParams(12, (), **({"temperature": 1.0} | changes))
+    sampling_params = SamplingParams(12, (), **({"temperature": 1.0} | changes))
     plain = flat(
         sampler.sample(prepared, SamplingJob(requests, SamplingParams(12, (), 1.0), KEY, 2))
     )
-    drawn = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 2)))
+    drawn = flat(sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY, 2)))
     assert [c.ids for c in drawn] != [c.ids for c in plain]
     for request in requests:
         for completion in (c for c in drawn if c.item == request.item):
             logits = logits_before(params, request.prompt, completion.ids)
             for t, token in enumerate(completion.ids):
                 seen = np.zeros(64, bool)
-                if rules.repetition_penalty != 1.0:
+                if sampling_params.repetition_penalty != 1.0:
                     seen[[*request.prompt, *completion.ids[:t]]] = True
-                wanted = reference(logits[t], seen, rules)[token]
+                wanted = reference(logits[t], seen, sampling_params)[token]
                 assert abs(completion.drawn_logps[t] - wanted) < 10 * LOGP_ATOL
                 own = logits[t][token] - np.log(np.exp(logits[t]).sum())
                 assert abs(completion.logps[t] - own) < LOGP_ATOL
 
 
-def test_rules_are_those_of_transformers():
+def test_masks_are_those_of_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(3)
@@ -119,11 +119,11 @@ def test_rules_are_those_of_transformers():
         ]
     )
     wanted = chain(torch.tensor(history), torch.tensor(logits)).log_softmax(-1).numpy()
-    rules = {"top_k": 20, "min_p": 0.03, "repetition_penalty": 1.3, "seen": jnp.asarray(seen)}
+    masks = {"top_k": 20, "min_p": 0.03, "repetition_penalty": 1.3, "seen": jnp.asarray(seen)}
     drawn = set()
     for seed in range(300):
         keys = jax.random.split(jax.random.key(seed), 40)
-        ids, _, drawn_logps = _draw(jnp.asarray(logits), keys, 0.7, 0.9, **rules)
+        ids, _, drawn_logps = _draw(jnp.asarray(logits), keys, 0.7, 0.9, **masks)
         np.testing.assert_allclose(
             drawn_logps, wanted[np.arange(40), ids], rtol=0, atol=2e-5
         )  # -inf, a token that transformers forbids, would fail.
@@ -152,9 +152,9 @@ def test_a_thinking_budget_closes_what_is_still_open(
     sampler, prepared, params, requests, temperature
 ):
     free = SamplingParams(20, (), temperature)
-    rules = dataclasses.replace(free, think_budget=6, close_ids=CLOSE)
+    sampling_params = dataclasses.replace(free, think_budget=6, close_ids=CLOSE)
     whole = flat(sampler.sample(prepared, SamplingJob(requests, free, KEY, 2)))
-    drawn = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 2)))
+    drawn = flat(sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY, 2)))
     for a, b in zip(whole, drawn, strict=True):
         assert len(b.ids) == 20
         natural = any(tuple(b.ids[i : i + 2]) == CLOSE for i in range(5))
@@ -174,15 +174,16 @@ def test_a_block_that_is_closed_in_time_is_left_alone(sampler, prepared, request
     whole = sampler.sample(prepared, SamplingJob(requests, free, KEY))
     # Take for the tag what the first row says at tokens 2 and 3.
     close = tuple(whole[0][0].ids[2:4])
-    rules = dataclasses.replace(free, think_budget=6, close_ids=close)
+    sampling_params = dataclasses.replace(free, think_budget=6, close_ids=close)
     assert (
-        sampler.sample(prepared, SamplingJob(requests[:1], rules, KEY))[0][0].ids == whole[0][0].ids
+        sampler.sample(prepared, SamplingJob(requests[:1], sampling_params, KEY))[0][0].ids
+        == whole[0][0].ids
     )
     # And where the prompt has closed it already, nothing is forced.
     closed = [r._replace(prefill=close) for r in requests]
-    assert [c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, rules, KEY))] == [
-        c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, free, KEY))
-    ]
+    assert [
+        c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, sampling_params, KEY))
+    ] == [c[0].ids for c in sampler.sample(prepared, SamplingJob(closed, free, KEY))]
 
 
 def test_a_budget_needs_a_tag():
@@ -191,11 +192,11 @@ def test_a_budget_needs_a_tag():
 
 
 def test_a_completion_goes_on_from_its_prefill(sampler, prepared, requests):
-    rules = SamplingParams(12, ())
-    whole = sampler.sample(prepared, SamplingJob(requests, rules, KEY))
+    sampling_params = SamplingParams(12, ())
+    whole = sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY))
     begun = [r._replace(prefill=c.ids[:5]) for r, (c,) in zip(requests, whole, strict=True)]
     for (a,), (b,) in zip(
-        whole, sampler.sample(prepared, SamplingJob(begun, rules, KEY)), strict=True
+        whole, sampler.sample(prepared, SamplingJob(begun, sampling_params, KEY)), strict=True
     ):
         assert b.ids[:7] == a.ids[5:]
         np.testing.assert_allclose(b.logps[:7], a.logps[5:], rtol=0, atol=LOGP_ATOL)
@@ -209,11 +210,11 @@ def detokenize(ids):
 def test_a_stop_text_ends_a_row_with_the_token_that_completes_it(
     prepared, requests, chunk, sampler
 ):
-    rules = SamplingParams(24, (), 1.0)
-    whole = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY, 3)))
+    sampling_params = SamplingParams(24, (), 1.0)
+    whole = flat(sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY, 3)))
     texts = (detokenize(whole[2].ids[4:6]), detokenize(whole[7].ids[10:11]), "never")
     other = dataclasses.replace(sampler, decode_chunk=chunk)
-    stopped = dataclasses.replace(rules, stop_texts=texts)
+    stopped = dataclasses.replace(sampling_params, stop_texts=texts)
     drawn = flat(
         other.sample(prepared, SamplingJob(requests, stopped, KEY, 3, detokenize=detokenize))
     )
@@ -239,18 +240,18 @@ def test_stop_texts_need_a_detokenizer(sampler, prepared, requests):
 
 
 def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
-    rules = SamplingParams(20, (), 1.0)
-    whole = sampler.sample(prepared, SamplingJob(requests, rules, KEY))
+    sampling_params = SamplingParams(20, (), 1.0)
+    whole = sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY))
     limits = [1, 20, 7, 3, 12, 2]
     cut = [r._replace(max_new_tokens=n) for r, n in zip(requests, limits, strict=True)]
     for n, (a,), (b,) in zip(
-        limits, whole, sampler.sample(prepared, SamplingJob(cut, rules, KEY)), strict=True
+        limits, whole, sampler.sample(prepared, SamplingJob(cut, sampling_params, KEY)), strict=True
     ):
         assert b.ids == a.ids[:n] and b.stop == "length"
 
 
 @pytest.mark.parametrize(
-    ("bad", "rules", "more", "message"),
+    ("bad", "sampling_params", "more", "message"),
     [
         (Request([], 3), SamplingParams(5, ()), {}, "request 1 has an empty prompt"),
         (
@@ -267,15 +268,15 @@ def test_a_request_may_have_a_limit_of_its_own(sampler, prepared, requests):
     ],
 )
 def test_what_cannot_be_sampled_is_said_at_once(
-    sampler, prepared, requests, bad, rules, more, message
+    sampler, prepared, requests, bad, sampling_params, more, message
 ):
     if "key" in more:
         more = {"key": jax.random.key(0, impl=more["key"])}
     with pytest.raises(ValueError, match=message):
-        sampler.stream(prepared, SamplingJob([requests[0], bad], rules, **more))
+        sampler.stream(prepared, SamplingJob([requests[0], bad], sampling_params, **more))
 
 
-def test_no_requests_and_the_samplers_own_rules(sampler, prepared, requests):
+def test_no_requests_and_the_samplers_own_params(sampler, prepared, requests):
     assert sampler.sample(prepared, SamplingJob([], SamplingParams(5, ()), KEY)) == []
     own = dataclasses.replace(sampler, sampling_params=SamplingParams(5, (), 1.0))
     assert list(own.stream(prepared, SamplingJob(requests[:2]))) == list(
@@ -292,15 +293,17 @@ def test_one_sample_is_streamed_at_a_time(sampler, prepared, requests):
 
 
 def test_later_samples_can_be_drawn_by_themselves(sampler, prepared, requests):
-    rules = SamplingParams(12, (), 1.0)
+    sampling_params = SamplingParams(12, (), 1.0)
     whole = {
         (c.item, c.sample): c
-        for c in sampler.stream(prepared, SamplingJob(requests, rules, KEY, 4))
+        for c in sampler.stream(prepared, SamplingJob(requests, sampling_params, KEY, 4))
     }
-    later = list(sampler.stream(prepared, SamplingJob(requests, rules, KEY, 2, first_sample=2)))
+    later = list(
+        sampler.stream(prepared, SamplingJob(requests, sampling_params, KEY, 2, first_sample=2))
+    )
     assert sorted((c.item, c.sample) for c in later) == sorted(at for at in whole if at[1] >= 2)
     assert all(c.ids == whole[c.item, c.sample].ids for c in later)
-    job = SamplingJob(requests, rules, KEY, 2, first_sample=2)
+    job = SamplingJob(requests, sampling_params, KEY, 2, first_sample=2)
     for request, row in zip(requests, sampler.sample(prepared, job), strict=True):
         assert [c.ids for c in row] == [whole[request.item, n].ids for n in (2, 3)]
 
@@ -311,18 +314,20 @@ def test_samples_that_are_taken_over_are_those_of_their_own_prompt(prepared, sam
         Request(rng.integers(0, 64, 5).tolist(), i, max_new_tokens=n)
         for i, n in enumerate([1, 1, 40])
     ]
-    rules = SamplingParams(40, (), 1.0)
+    sampling_params = SamplingParams(40, (), 1.0)
     wide = dataclasses.replace(sampler, max_batch_size=12)
     narrow = dataclasses.replace(sampler, max_batch_size=3)
-    a, b = (s.sample(prepared, SamplingJob(requests, rules, KEY, 4)) for s in (wide, narrow))
+    a, b = (
+        s.sample(prepared, SamplingJob(requests, sampling_params, KEY, 4)) for s in (wide, narrow)
+    )
     assert [c.ids for c in flat(a)] == [c.ids for c in flat(b)]
 
 
 def test_int8_keys_and_values_hardly_change_what_is_likely(prepared, sampler, requests):
     small = dataclasses.replace(sampler, int8_cache=True)
-    rules = SamplingParams(16, ())
-    full = flat(sampler.sample(prepared, SamplingJob(requests, rules, KEY)))
-    int8 = flat(small.sample(prepared, SamplingJob(requests, rules, KEY)))
+    sampling_params = SamplingParams(16, ())
+    full = flat(sampler.sample(prepared, SamplingJob(requests, sampling_params, KEY)))
+    int8 = flat(small.sample(prepared, SamplingJob(requests, sampling_params, KEY)))
     same = [
         a == b for x, y in zip(full, int8, strict=True) for a, b in zip(x.ids, y.ids, strict=True)
     ]
