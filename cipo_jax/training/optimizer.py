@@ -58,9 +58,8 @@ class Schedule(NamedTuple):
 
 def learning_rate(schedule: Schedule, lr_schedule: LrSchedule) -> Array:
     """Linear warm-up, then "constant", or "linear" or "cosine" decay to zero at `num_steps`."""
-    done, lr, warmup_steps, num_steps = schedule.as_arrays()
-    done, warmup = done.astype(jnp.float32), warmup_steps.astype(jnp.float32)
-    rest = jnp.maximum(num_steps.astype(jnp.float32) - warmup, 1.0)
+    done, lr, warmup, num_steps = (jnp.asarray(n, jnp.float32) for n in schedule)
+    rest = jnp.maximum(num_steps - warmup, 1.0)
     part = jnp.clip((done - warmup) / rest, 0.0, 1.0)
     factor = {
         "constant": jnp.ones_like(part),
@@ -94,9 +93,9 @@ def decays(params: Params) -> Params:
 
 
 class AdamWState(NamedTuple):
-    """First and second moments (`mu`, `nu`), and the schedule."""
+    """First and second moments (optax's, with `mu` and `nu`), and the schedule."""
 
-    moments: optax.ScaleByAdamState
+    moments: optax.OptState
     schedule: Schedule
 
 
