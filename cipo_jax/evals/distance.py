@@ -44,7 +44,9 @@ def truth_ratios(
         counts.append(1 + len(example.perturbed_answers))
     if not rows:
         return np.zeros(0)
-    means = [float(logps.mean()) for logps in scorer.token_logps(params, rows, PadShape.fitting(rows))]
+    means = [
+        float(logps.mean()) for logps in scorer.token_logps(params, rows, PadShape.fitting(rows))
+    ]
     ratios, at = [], 0
     for count in counts:
         right, *wrong = means[at : at + count]
