@@ -139,7 +139,7 @@ RUN_FOLDER: tuple[tuple[str, str, type[Record] | None], ...] = (
     ("config.json", "every setting of the run; [config.md](config.md)", None),
     ("stages.json", "the stages that have happened: function, inputs, seconds, small results", None),
     ("counterfactuals.jsonl", "a forget question a line, with its trace", Counterfactual),
-    ("refusals.jsonl, alternates-N.jsonl", "the same, for methods that learn them", Counterfactual),
+    ("refusals.jsonl, alternates-N.jsonl", "the same, for other methods", Counterfactual),
     ("own.jsonl", "what the model says to the forget questions", OwnAnswer),
     ("pairs.jsonl", "what the loss of a method other than CiPO gets", FixedRow),
     ("iterations/NN/rollouts.jsonl", "what the model says at the start of an iteration", Rollout),
@@ -165,7 +165,7 @@ RUN_FOLDER: tuple[tuple[str, str, type[Record] | None], ...] = (
      SaidExample),
     ("skills.jsonl", "of `sequential`: how the base model writes traces", WrittenExample),
     ("rehearsal/request-NN.jsonl", "of `sequential`: what a request rehearses", None),
-    ("--output of `sample`", "a completion a line", SampledCompletion),
+    ("OUTPUT of sample --output", "a completion a line", SampledCompletion),
 )  # fmt: skip
 
 
