@@ -200,7 +200,9 @@ class Run:
         owner = self.owners(name)
         if owner is not None:
             self.state.used[name] = None
-            return owner.stage(name, function, *inputs)
+            result = owner.stage(name, function, *inputs)
+            owner.state.weights.clear()  # It was asked for this stage alone.
+            return result
         name = self._named(name)
         identity = self._identity(function, inputs)
         known = self.state.results.get(name)
