@@ -72,13 +72,16 @@ def _ceu(config: RunConfig) -> Ceu:
 
 register(
     FixedTarget(
-        "undial", "the model before with the true token's logit lowered", "2402.10052", loss=_undial
+        "undial",
+        "distillation from the base with the true token's logit lowered",
+        "2402.10052",
+        loss=_undial,
     )
 )
 register(
     FixedTarget(
         "kd",
-        "counterfactuals learnt, distillation on what is kept",
+        "counterfactuals imitated, distillation on retained examples",
         "1503.02531",
         loss=_imitate,
         targets=CounterfactualTargets(),

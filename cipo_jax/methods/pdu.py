@@ -1,4 +1,4 @@
-"""Flat logits on what is forgotten, with what is kept as a constraint: pdu."""
+"""Flat logits on forget completions, with the retain term as a constraint: pdu."""
 
 import dataclasses
 
@@ -57,4 +57,4 @@ def _flatness(config: RunConfig) -> Flatness:
     return Flatness()
 
 
-register(Pdu("pdu", "flat logits, what is kept as a constraint", "2506.05314", loss=_flatness))
+register(Pdu("pdu", "flat logits, the retain term as a constraint", "2506.05314", loss=_flatness))

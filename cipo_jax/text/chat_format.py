@@ -210,7 +210,7 @@ class ChatFormat:
         for tag, text in [(self.close, cot), *spelled]:
             if tag in text:
                 raise UserError(
-                    f"a chain of thought or answer holds the tag {tag!r}, and could not be told "
+                    f"a chain of thought or answer holds the tag {tag!r}, and could not be separated "
                     "from its end: take it out"
                 )
         around = ("", f"\n{self.close}\n\n", "")
