@@ -16,8 +16,9 @@ from cipo_jax.typing import Array, Params
 class ForgetLoss:
     """Base class of forget losses; an instance is a function of one update step.
 
-    batch["forget"] holds the forget completions; batch["target"] the targets, row by row beside them; batch["ref_forget"] and batch["ref_target"] [B] their log-probabilities under
-    the base parameters.
+    batch["forget"] holds the forget completions; batch["target"] the targets, row by row beside
+    them; batch["ref_forget"] and batch["ref_target"] [B] the log-probabilities of both under the
+    base parameters, in nats.
 
     Attributes:
       needs_reference_logps: whether it asks for ref_forget and ref_target.
