@@ -12,6 +12,7 @@ from compilations import compilations
 from objectives import FunctionObjective, TrainSettings, objective
 from trees import assert_trees_close, assert_trees_equal
 
+from cipo_jax import losses
 from cipo_jax.data.batches import PadShape, TokenizedExample, collate, collate_pairs
 from cipo_jax.models.decoder import (
     Compute,
@@ -135,8 +136,8 @@ def test_three_steps_move_every_parameter_by_more_than_the_tolerance(runs):
     first, last = runs["one"]["states"][0].params, runs["one"]["states"][-1].params
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, last)
     assert min(jax.tree.leaves(moved)) > 20 * _PARAMS_ATOL
-    losses = [m["loss"] for m in runs["one"]["metrics"]]
-    assert len(set(losses)) == 3
+    values = [m["loss"] for m in runs["one"]["metrics"]]
+    assert len(set(values)) == 3
 
 
 @pytest.mark.parametrize("name", ["one", "mesh"])
@@ -273,6 +274,54 @@ def test_accumulation_changes_nothing(whole_step, accumulation, mesh):
     assert metrics.keys() == expected_metrics.keys()
     for name, value in metrics.items():
         assert value == pytest.approx(expected_metrics[name], rel=1e-5, abs=1e-4), name
+
+
+def _ceu(policy, params, group):
+    models = [(policy.completion_states(params, group), policy.head(params))]
+    values = losses.over_chunks(losses.ceu_per_token, models, group.completions, chunk=32)
+    return losses.token_mean(values, group.mask, group.num_tokens)
+
+
+def _small_states(policy, params, group):
+    states = policy.layer_states(params, group, 1)
+    zeros = jnp.zeros_like(states)
+    return losses.hidden_match(states, zeros, group.mask, num_tokens=group.num_tokens)[0]
+
+
+def _of_logps(loss):
+    return lambda policy, params, group: loss(
+        policy.completion_logps(params, group), group.mask, group
+    )
+
+
+MEANS = {
+    "sequences": _of_logps(lambda x, m, g: losses.nll(x, m, num_sequences=g.num_sequences)[0]),
+    "tokens": _of_logps(lambda x, m, g: losses.nll(x, m, "token", num_tokens=g.num_tokens)[0]),
+    "ga": _of_logps(lambda x, m, g: losses.ga(x, m, num_tokens=g.num_tokens)[0]),
+    "ceu": _ceu,
+    "hidden_match": _small_states,
+}
+
+
+@pytest.mark.parametrize("name", list(MEANS))
+def test_accumulation_changes_no_mean_over_tokens_or_over_rows_that_have_some(name):
+    def mean(policy, params, batch):
+        return MEANS[name](policy, params, batch["rows"]), {}
+
+    rows = [
+        TokenizedExample([i, 7], list(range(i, i + length)))
+        for i, length in enumerate((12, 1, 9, 0, 5, 0, 11, 2))
+    ]
+    batch = {"rows": collate(rows, SHAPE)}
+    (whole, metrics), (parts, parts_metrics) = (
+        _stepper(FunctionObjective(mean), n)(batch) for n in (1, 2)
+    )
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(whole))
+    assert largest > 1e-2
+    # As in `test_accumulation_changes_nothing`.
+    assert_trees_close(parts, whole, atol=5e-6 * max(largest, 1.0))
+    for key in ("loss", "grad_norm"):
+        assert parts_metrics[key] == pytest.approx(metrics[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
