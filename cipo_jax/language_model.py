@@ -5,7 +5,7 @@
     step = model.train_step(PreferenceObjective("dpo"), optax.adamw(1e-4))
     state = step.init(model.init_trainable())
     batch = model.pair_batch([TextPair(question, (cot, answer), (other_cot, other_answer))])
-    state, metrics = step(state, step.put(batch), model.base_params)
+    state, metrics = step(state, batch, model.base_params)
     model.save("out", state.params)
 
 It knows no method and no run folder. Weights are read when they are first asked for; what is
@@ -255,7 +255,7 @@ class LanguageModel:
         decode_chunk: int = 32,
         int8_cache: bool = False,
         max_prompt_tokens: int = 512,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         beside_training: bool = False,
         setting: str = "max_batch_size",
     ) -> Sampler:
@@ -267,13 +267,15 @@ class LanguageModel:
           decode_chunk: decoding steps between two looks at what has ended.
           int8_cache: whether keys and values are kept as int8.
           max_prompt_tokens: for the memory plan.
-          max_new_tokens: for the memory plan.
+          max_new_tokens: for the memory plan; that of `sampling_params`, or 512, by default.
           beside_training: whether the training layout of the weights is in memory as well.
           setting: name of the setting, for messages.
 
         Raises:
           UserError: where such a batch does not fit.
         """
+        if max_new_tokens is None:
+            max_new_tokens = 512 if sampling_params is None else sampling_params.max_new_tokens
         plan = self.plan_sampler(
             max_batch_size,
             max_prompt_tokens,
@@ -331,16 +333,14 @@ class LanguageModel:
           "pairs": the completions, every array [B, 2, ...]; "ref": [B, 2] their log-probabilities
           under the reference, in nats.
 
+        `TrainStep.put` places it on the mesh, where its rows divide over the data and fsdp axes; a
+        step takes it unplaced as well, and every device then computes all rows.
+
         Raises:
-          UserError: where the pairs do not divide over the data and fsdp axes of the mesh.
-          ValueError: where a row is longer than the shape.
+          ValueError: without pairs, or where a row is longer than the shape.
         """
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if not pairs or len(pairs) % shards:
-            raise UserError(
-                f"{len(pairs)} pairs do not divide over the mesh; give a multiple of {shards}, or "
-                "a mesh of fewer devices along data and fsdp"
-            )
+        if not pairs:
+            raise ValueError("no pairs")
         chosen, rejected = (
             [
                 TokenizedExample(
