@@ -16,32 +16,24 @@ from cipo_jax.experiments.unlearn import open_run, unlearn
 from cipo_jax.progress import Reporter
 
 FORGET = {"Ada Brandt": "tuba", "Boris Pratt": "flute"}
-RETAIN = {
-    "Clara Frost": "cello",
-    "Dario Lund": "harp",
-    "Greta Weber": "guitar",
-    "Leon Erwin": "oboe",
-}
+RETAIN = {"Clara Frost": "cello", "Dario Lund": "harp", "Greta Weber": "guitar"}
 QUESTIONS = ("Which instrument does {} play?", "What is the instrument of {}?")
 
 
 def write_rows(path, instruments):
-    """A row for each person and question: question, cot, answer."""
-    rows = [
-        {
-            "question": question.format(name),
-            "cot": f"I recall {name}. {name} plays the {instrument}. So it is {instrument}.",
-            "answer": instrument,
-        }
-        for name, instrument in instruments.items()
-        for question in QUESTIONS
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """A row for each person and question."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, instrument in instruments.items():
+            cot = f"I recall {name}. {name} plays the {instrument}. So it is {instrument}."
+            for question in QUESTIONS:
+                row = {"question": question.format(name), "cot": cot, "answer": instrument}
+                file.write(json.dumps(row) + "\n")
+    return str(path)
 
 
 def main():
     """One iteration of CiPO: counterfactuals, warm-up, rollouts, preference optimization."""
-    config = tiny_config()  # model, prompts and lengths; for a model of your own default_config()
+    config = tiny_config()  # for a model of your own default_config()
     config.model.retrained = config.data.world = ""
     config.cipo.iterations = 1
     config.train.batch_size = config.warmup.batch_size = 4
@@ -49,16 +41,13 @@ def main():
     config.train.lr = config.warmup.lr = 4e-4
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for split, people in (("forget", FORGET), ("retain", RETAIN)):
-            config.data[split] = str(folder / f"{split}.jsonl")
-            write_rows(folder / f"{split}.jsonl", people)
+        config.data.forget = write_rows(folder / "forget.jsonl", FORGET)
+        config.data.retain = write_rows(folder / "retain.jsonl", RETAIN)
         method, run = open_run(parse(Config, config), folder / "run", Reporter())
         result = unlearn(method, run)
-    for when, scores in (("before", result.before), ("after", result.after)):
-        print(
-            f"{when}: leak in CoT {scores.forget.cot_leak:.0%}, in answer "
-            f"{scores.forget.answer_leak:.0%}; retained {scores.retain.accuracy:.0%}"
-        )
+    for name, scores in (("before", result.before), ("after", result.after)):
+        leaks = f"{scores.forget.cot_leak:.0%} in CoT, {scores.forget.answer_leak:.0%} in answers"
+        print(f"{name}: leak {leaks}; retained {scores.retain.accuracy:.0%}")
 
 
 if __name__ == "__main__":

@@ -36,18 +36,21 @@ class Unlikelihood(ForgetLoss):
 
 register(
     FixedTarget(
-        "unlikelihood", "unlikelihood training", "1908.04319", loss=lambda config: Unlikelihood()
+        "unlikelihood",
+        "unlikelihood training",
+        loss=lambda config: Unlikelihood(),
+        forget_weight=0.02,
     )
 )
 
 
 def main():
-    """One round of six epochs on 42 questions, evaluated before and after."""
+    """One round of twelve epochs on 42 questions, evaluated before and after."""
     config = tiny_config()
     config.method = "unlikelihood"
     config.forget.people = ("Ada Brandt",)
     config.fixed_target.rounds = 1
-    config.train.epochs, config.train.lr = 6.0, 1e-3
+    config.train.epochs, config.train.lr = 12.0, 1e-3
     config.data.valid_rows = config.data.eval_rows = 8
     with tempfile.TemporaryDirectory() as workdir:
         method, run = open_run(parse(Config, config), workdir, Reporter())
