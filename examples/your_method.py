@@ -34,14 +34,8 @@ class Unlikelihood(ForgetLoss):
         return loss, {"forget/unlikelihood": loss}
 
 
-register(
-    FixedTarget(
-        "unlikelihood",
-        "unlikelihood training",
-        loss=lambda config: Unlikelihood(),
-        forget_weight=0.02,
-    )
-)
+ABOUT = "unlikelihood training"
+register(FixedTarget("unlikelihood", ABOUT, loss=lambda config: Unlikelihood(), forget_weight=0.02))
 
 
 def main():
