@@ -1,94 +1,27 @@
+"""Checks on the text of counterfactual candidates."""
+
+import dataclasses
+
 import pytest
 
 from cipo_jax.data.examples import Example
-from cipo_jax.unlearning.counterfactuals import text_faults
-from cipo_jax.unlearning.run import best_of, clean_rounds, utility
-
-
-def _record(iteration, leak, utility, goal=0.0):
-    return {"iteration": iteration, "leak": leak, "clean": leak <= goal, "utility": utility}
-
-
-@pytest.mark.parametrize(
-    ("records", "best"),
-    [
-        ([(0.0, 0.9), (0.0, 0.8)], 1),
-        ([(0.0, 0.8), (0.0, 0.9), (0.0, 0.7)], 2),
-        ([(0.3, 0.99), (0.0, 0.1)], 2),
-        ([(0.0, 0.1), (0.3, 0.99)], 1),
-        ([(0.5, 0.9), (0.2, 0.1), (0.4, 0.95)], 2),
-        ([(0.0, 0.9), (0.0, 0.9)], 2),
-        ([(0.2, 0.9), (0.2, 0.5)], 2),
-        ([(0.0, 0.0)], 1),
-    ],
-)
-def test_best_of(records, best):
-    rows = [_record(i, leak, merit) for i, (leak, merit) in enumerate(records, 1)]
-    assert best_of(rows)["iteration"] == best
-    assert best_of(rows[::-1])["iteration"] == best
-
-
-@pytest.mark.parametrize(
-    ("records", "best"),
-    [
-        ([(0.0, 0.9), (0.02, 0.95)], 2),  # 0.947 and 0.965
-        ([(0.0, 0.9), (0.05, 0.9)], 1),
-        ([(0.01, 0.06), (0.03, 0.88)], 2),  # A ruin is no better for leaking less.
-        ([(1.0, 1.0), (0.4, 0.2)], 2),
-    ],
-)
-def test_where_some_leak_is_allowed_it_is_weighed_against_utility(records, best):
-    rows = [_record(i, *record, goal=1.0) for i, record in enumerate(records, 1)]
-    assert best_of(rows)["iteration"] == best
-    assert best_of(rows[::-1])["iteration"] == best
-
-
-@pytest.mark.parametrize(
-    ("leaks", "count"),
-    [([], 0), ([0.1], 0), ([0.0], 1), ([0.0, 0.1], 0), ([0.1, 0.0, 0.0], 2), ([0, 0.1, 0], 1)],
-)
-def test_clean_rounds_are_those_in_a_row_at_the_end(leaks, count):
-    assert clean_rounds([_record(i, leak, 1.0) for i, leak in enumerate(leaks, 1)]) == count
-
-
-def _scores(completion, retain, reasoning):
-    def accuracy(value):
-        return {"accuracy": value or 0.0, "n": 0 if value is None else 10}
-
-    return {
-        "forget": {"think_completion": completion},
-        "retain": accuracy(retain),
-        "reasoning": accuracy(reasoning),
-    }
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ((1.0, 1.0, 1.0), 1.0),
-        ((1.0, 0.5, 0.5), 3 / 5),
-        ((0.5, 0.25, 1.0), 3 / 7),
-        ((1.0, 0.5, None), 2 / 3),
-        ((0.4, None, None), 0.4),
-        ((1.0, 0.0, 1.0), 0.0),
-        ((0.0, 1.0, 1.0), 0.0),
-    ],
-)
-def test_utility_is_the_harmonic_mean_of_what_there_is(values, expected):
-    assert utility(_scores(*values)) == pytest.approx(expected)
-
+from cipo_jax.methods.trace_checks import text_faults
+from cipo_jax.runs.generation import Generation
 
 EXAMPLE = Example("Where was Ada born?", "Lisbon", aliases=("Lisboa",), facts=("baker",))
-GOOD = {
-    "cot": "I recall Ada. Ada was born in Oslo. So it is Oslo.",
-    "answer": "Oslo",
-    "closed": True,
-    "stopped": True,
-}
+GOOD = Generation(
+    item=0,
+    sample=0,
+    cot="I recall Ada. Ada was born in Oslo. So it is Oslo.",
+    answer="Oslo",
+    closed=True,
+    stopped=True,
+    ids=(),
+)
 
 
 def _faults(min_distinct=0.3, target="Oslo", **changes):
-    return text_faults(GOOD | changes, EXAMPLE, target, min_distinct)
+    return text_faults(dataclasses.replace(GOOD, **changes), EXAMPLE, target, min_distinct)
 
 
 def test_a_good_candidate_has_no_faults():
@@ -118,12 +51,12 @@ def test_the_target_has_to_be_in_the_answer_and_not_only_in_the_trace():
 @pytest.mark.parametrize("fact", ["Lisbon", "Lisboa", "baker"])
 def test_no_forgotten_fact_may_be_mentioned(fact):
     said = f"the forgotten {fact!r}"
-    assert _faults(cot=f"{GOOD['cot']} Not {fact.upper()}.") == [f"mentions {said}"]
+    assert _faults(cot=f"{GOOD.cot} Not {fact.upper()}.") == [f"mentions {said}"]
     assert _faults(answer=f"Oslo, not {fact}") == [f"mentions {said}"]
-    assert _faults(cot=f"{GOOD['cot']} Not {fact}.", answer=f"Oslo, not {fact}") == [
+    assert _faults(cot=f"{GOOD.cot} Not {fact}.", answer=f"Oslo, not {fact}") == [
         f"mentions {said}"
     ]
-    assert _faults(cot=f"{GOOD['cot']} Not {fact}ville.") == []
+    assert _faults(cot=f"{GOOD.cot} Not {fact}ville.") == []
 
 
 @pytest.mark.parametrize("cot", ["", "...", "So Oslo."])

@@ -58,9 +58,9 @@ class Known:
 
 
 VALUES = [
-    None, True, False, 0, 1, -1, 2**70, 0.0, -0.0, 1.0, 0.1, 1e300, float("inf"), "", "1", "é\u2028",
-    "\ud800", (), (1,), (1, 2), (2, 1), ((1,), 2), (1.0,), (True,), ("1",), (None,), {}, {"a": 1},
-    {"a": 2}, {"b": 1}, frozenset({"a"}), Place("a"), Place("b"), Town("a"),
+    None, True, False, 0, 1, -1, 2**70, 0.0, -0.0, 1.0, 0.1, 1e300, float("inf"), "", "1",
+    "é\u2028", "\ud800", (), (1,), (1, 2), (2, 1), ((1,), 2), (1.0,), (True,), ("1",), (None,), {},
+    {"a": 1}, {"a": 2}, {"b": 1}, frozenset({"a"}), Place("a"), Place("b"), Town("a"),
     Place("a", Point(1, 2.0)), Place("a", Point(1, 2.5)), Place("a", notes=("a",)),
     np.arange(3), np.arange(4).reshape(2, 2),
 ]  # fmt: skip
