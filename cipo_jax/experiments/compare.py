@@ -204,6 +204,7 @@ class Comparison:
         run, test = self.run, self.run.workspace.data.test
         self._retrained = self._measure_retrained()  # First: distances are measured from it.
         before = run.stage("before", measure, run.base, test, self._retrained)
+        run.state.weights.clear()
         if self._settings.workers > 1:
             arguments = (self._config, str(run.folder))
             run_workers(_work_on_rows, arguments, run, self._settings.workers)

@@ -1,8 +1,9 @@
 """A run: its config, model, data and folder, and `stage`, by which each step happens once.
 
 A stage is a function of (run, inputs) that returns a `StageResult`. Its identity is the function's
-version and the fingerprints of the inputs; the config of a run folder never changes. A run that is killed anywhere and started
-again repeats at most the completion or the update steps it was in, and computes the same bits.
+version and the fingerprints of the inputs; the config of a run folder never changes. A run that is
+killed anywhere and started again repeats at most the completion or the update steps it was in, and
+computes the same bits.
 """
 
 import contextlib
@@ -199,7 +200,9 @@ class Run:
         owner = self.owners(name)
         if owner is not None:
             self.state.used[name] = None
-            return owner.stage(name, function, *inputs)
+            result = owner.stage(name, function, *inputs)
+            owner.state.weights.clear()  # It was asked for this stage alone.
+            return result
         name = self._named(name)
         identity = self._identity(function, inputs)
         known = self.state.results.get(name)
