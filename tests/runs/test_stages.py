@@ -174,6 +174,18 @@ def test_a_stage_begun_by_a_process_that_another_one_finished_is_done(open_folde
     assert saved["unfinished"] == {}
 
 
+def test_a_stage_that_failed_here_may_be_ended_by_another_process(open_folder):
+    late, early = open_folder(), open_folder()
+    with pytest.raises(RuntimeError):
+        late.stage("a", fails, "model")
+    assert late.ledger.stage == "a"
+    early.stage("a", Counter().plain, "model")
+    assert late.stage("a", never, "model") == Made(1)
+    late.ledger.save()  # No stage is under way whose clock goes on.
+    assert late.ledger.stage == ""
+    assert open_folder().stage("a", never, "model") == Made(1)
+
+
 def test_who_wants_a_stage_waits_for_who_makes_it(open_folder):
     """Two threads, since a lock is of an open file, not of a process."""
     first, second, order = open_folder(), open_folder(), []

@@ -28,7 +28,8 @@ def watch(notes):
         # Of shapes: the state is given up in the step.
         params = sum(x.nbytes for x in jax.tree.leaves(state.params))
         new = call(self, state, *args)
-        live = sum(x.nbytes for x in jax.live_arrays())
+        # By buffer: the shards of an array are arrays of the same one.
+        live = sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}.values())
         phase = type(self.objective).__name__
         notes["param_bytes"] = params
         notes["live_bytes"][phase] = max(notes["live_bytes"].get(phase, 0), live)
