@@ -276,7 +276,7 @@ class Run:
         """Inside of a stage: records of `count` items, each kept as soon as it is there.
 
         Args:
-          name: tells several such loops of a stage apart.
+          name: distinguishes several such loops of a stage.
           kind: class of the records.
           count: number of items.
           work: from the items that are missing to (item, its records), in any order.
