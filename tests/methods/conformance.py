@@ -206,7 +206,7 @@ def one_compilation(case: Case, step: TrainStep, plain: Outcome) -> None:
     for made, schedule in ((step, Schedule(0, 0.1, 3, 50)), (again, Schedule(0, 1e-3, 0, 2))):
         state = made.init(PARAMS, schedule=schedule)
         for number in range(2):
-            state, _ = made(state, made.put(batch(case, rolled(number))), frozen())
+            state, _ = made(state, made.put(batch(case, rolled(number))), frozen(made))
     assert compilation_count() == compiled
 
 
@@ -221,7 +221,7 @@ def resume(case: Case, step: TrainStep, plain: Outcome) -> None:
             should_stop=lambda: len(done) + 1 == stop_at,  # The last step is reported one later.
         )
         start, at = PhaseResult(PARAMS), lambda number: batch(case, rolled(number))
-        return train_phase(phase, start, at, Checkpoints(folder), stop, frozen())
+        return train_phase(phase, start, at, Checkpoints(folder), stop, frozen(step))
 
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         whole = run(one)
@@ -242,7 +242,7 @@ def part_and_micro_batches(case: Case, step: TrainStep, plain: Outcome) -> None:
     By the chain rule their gradient follows from that of the parameters that they make.
     """
     beside = train_step(case, accumulation=4, part=case.part)
-    base, part = frozen(), initial_part(case.part)
+    base, part = frozen(step), initial_part(case.part)
     params, pull = jax.vjp(lambda part: merged(assemble(case.part, base, part)), part)
     whole = first_step(case, step, batch(case), params)
     (wanted,) = pull(whole.gradient)
@@ -281,12 +281,6 @@ def _random_params(seed):
 
 
 PARAMS, REFERENCE = _random_params(0), _random_params(1)
-
-
-@functools.cache
-def frozen():
-    """The base parameters, on their device."""
-    return jax.tree.map(jnp.asarray, REFERENCE)
 
 
 def initial_part(part: Trainable):
@@ -384,17 +378,17 @@ def train_step(
 def first_step(case: Case, step: TrainStep, rows, params=None) -> Outcome:
     """One update of parameters, `PARAMS` by default."""
     state = step.init(PARAMS if params is None else params, schedule=Schedule(lr=1e-3))
-    base = jax.device_put(REFERENCE, frozen_shardings(step)) if step.needs_frozen else None
-    state, metrics = step(state, step.put(rows), base)
+    state, metrics = step(state, step.put(rows), frozen(step))
     share = 1.0 - OPTIMIZER.b1
     gradient = jax.tree.map(lambda mu: np.asarray(mu) / share, state.opt_state.moments.mu)
     return Outcome(gradient, {name: float(value) for name, value in metrics.items()})
 
 
-def frozen_shardings(step: TrainStep):
-    """Where the base parameters lie."""
+@functools.lru_cache(4)
+def frozen(step: TrainStep):
+    """The base parameters, which are the reference as well, on the devices of a step."""
     whole = dataclasses.replace(step, trainable=None).abstract_trainable()
-    return jax.tree.map(lambda x: x.sharding, whole)
+    return jax.device_put(REFERENCE, jax.tree.map(lambda x: x.sharding, whole))
 
 
 def largest(outcome: Outcome) -> float:
