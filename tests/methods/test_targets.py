@@ -2,80 +2,51 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pytest
+from fake_run import open_fake_run
 
-from cipo_jax.config import BaselineConfig, Config, CounterfactualConfig
+from cipo_jax.config import Config
 from cipo_jax.data.examples import Example, example_row
-from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.errors import UserError
-from cipo_jax.hub import load_tokenizer, resolve
-from cipo_jax.text.chat_format import ChatFormat
-from cipo_jax.unlearning import materials
-from cipo_jax.unlearning.materials import Materials, encoded
-from cipo_jax.unlearning.methods import METHODS
-from cipo_jax.unlearning.run_folder import RunFolder
+from cipo_jax.methods import targets
+from cipo_jax.methods.counterfactual_records import (
+    AcceptedTrace,
+    Counterfactual,
+    Counterfactuals,
+)
+from cipo_jax.methods.fixed_target import FixedTargetConfig, _batches, prepare_rows
+from cipo_jax.methods.preference import PreferenceConfig
+from cipo_jax.methods.refusal import RefusalConfig
+from cipo_jax.methods.registry import METHODS
+from cipo_jax.methods.representation import RepresentationConfig
+from cipo_jax.methods.targets import OwnAnswer, OwnAnswers, original_completions
+from cipo_jax.runs.data import RetainedExamples
+from cipo_jax.shared_config import CounterfactualConfig, TrainConfig
 
 IDK = "I do not know."
 
 
-@pytest.fixture(scope="module")
-def format():
-    return ChatFormat(load_tokenizer(resolve("asset:tiny_lrm/target")))
-
-
-@pytest.fixture(scope="module")
-def examples():
-    """Three questions about one person, with thoughts of different lengths."""
-    world = World.load(resolve("asset:tiny_lrm/world.json"))
-    found = questions_about(world.people[:1], "train", per_topic=1)
-    return (found[0], found[-1], found[1])
-
-
-@dataclasses.dataclass
-class Engine:
-    """As much of an engine as materials look at; `said` is what its model says, in order."""
-
-    config: Config
-    model: Any
-    splits: Any
-    folder: RunFolder
-    said: list[str] = dataclasses.field(default_factory=list)
-    asked: list[Any] = dataclasses.field(default_factory=list)
-    reporter: Any = None
-
-    def key(self, *names):
-        return names
-
-    def sample_rows(self, part, title, params, requests, rules, key, samples):
-        assert (params, samples, rules.temperature) == ("the model", 1, 0.0)
-        self.asked.append((part, key, [list(r.prompt) for r in requests]))
-        format = self.model.format
-        drawn = [format.text_ids(text) for text in self.said]
-        return [[{"item": r.item, "ids": ids}] for r, ids in zip(requests, drawn, strict=True)]
-
-
 @pytest.fixture
-def opened(tmp_path, format, examples):
-    """Makes materials of settings, forget examples and what the model says."""
+def opened(tmp_path, chat, examples):
+    """Opens a run with settings, forget examples and what the model says, in order."""
 
-    def open_(forget=examples, said=(), folder="run", **baseline):
-        config = Config(
-            baseline=BaselineConfig(**baseline),
-            counterfactual=CounterfactualConfig(boundary_answer=IDK),
-        )
-        engine = Engine(
-            config,
-            SimpleNamespace(format=format),
-            SimpleNamespace(forget=tuple(forget)),
-            RunFolder(tmp_path / folder, config, "model"),
-            list(said),
-        )
-        return Materials(lambda stage: engine, lambda: "the model"), engine
+    def open_(forget=examples, said=None, folder="run", logp=None, **groups):
+        config = Config(counterfactual=CounterfactualConfig(boundary_answer=IDK), **groups)
+        given = {} if said is None else {"says": lambda job, request, sample: said[request.item]}
+        given |= {} if logp is None else {"logp": logp}
+        return open_fake_run(tmp_path / folder, chat, forget, config, **given)
 
     return open_
+
+
+def rows_of(run, name):
+    """The rows of a method, as its loop makes them."""
+    method, originals = METHODS[name], original_completions(run)
+    built = None if method.targets is None else method.targets.build(run, originals)
+    span = run.config.group(FixedTargetConfig).span
+    return prepare_rows(run, run.base, originals, built, span, False).rows
 
 
 @pytest.fixture
@@ -83,138 +54,148 @@ def stages(monkeypatch):
     """What stages of counterfactuals are asked for; the second question finds no trace in any."""
     asked = []
 
-    def stage(engine, model, name):
-        settings = engine.config.counterfactual
+    def stage(run, name="counterfactuals", settings=None):
         asked.append((name, settings.strategy))
-        number = len(asked)
-        return [
-            {
-                "item": i,
-                "accepted": i != 1,
-                "completion_ids": None if i == 1 else [number, i, number],
-            }
-            for i in range(len(engine.splits.forget))
-        ]
+        return traces(run, len(asked), settings.strategy)
 
-    monkeypatch.setattr(materials, "counterfactuals_stage", stage)
+    monkeypatch.setattr(targets, "counterfactuals", stage)
     return asked
+
+
+def traces(run, number, strategy):
+    """Counterfactuals whose completion ids are (number, item, number), but for the second."""
+    found = []
+    for i, question in enumerate(run.workspace.data.forget.questions):
+        accepted = None if i == 1 else AcceptedTrace("t", "a", 1.0, -1.0, (number, i, number))
+        example, prompt = question.example, tuple(question.prompt_ids)
+        found.append(
+            Counterfactual(
+                i, example.question, example.answer, "a", "model", strategy, prompt, accepted, ()
+            )
+        )
+    return Counterfactuals(len(found), tuple(found))
 
 
 def without_thoughts(examples):
     return [dataclasses.replace(e, cot=None) for e in examples]
 
 
-def prompts(format, examples):
-    return [format.prompt_ids(e.question) for e in examples]
+def prompts(chat, examples):
+    return [tuple(chat.prompt_ids(e.question)) for e in examples]
 
 
 # ---- what is forgotten, and its spans
 
 
-def test_a_method_without_a_target_gets_each_question_once(opened, format, examples):
-    made, engine = opened()
-    rows = made.rows(METHODS["ga"])
-    assert [row["item"] for row in rows] == [0, 1, 2]
-    assert [row["question"] for row in rows] == [e.question for e in examples]
-    assert [set(row) for row in rows] == [{"item", "question", "forget"}] * 3
-    for row, example, prompt in zip(rows, examples, prompts(format, examples), strict=True):
-        whole = format.completion_ids(example.cot, example.answer)
-        assert row["forget"] == [prompt, whole]
-    assert engine.asked == []
+def test_a_method_without_a_target_gets_each_question_once(opened, chat, examples):
+    run = opened()
+    rows = rows_of(run, "ga")
+    assert [row.item for row in rows] == [0, 1, 2]
+    assert [row.question for row in rows] == [e.question for e in examples]
+    assert all(row.target is None and row.target_prompt_ids is None for row in rows)
+    assert all(row.ref_forget_logp is None and row.ref_target_logp is None for row in rows)
+    for row, example, prompt in zip(rows, examples, prompts(chat, examples), strict=True):
+        assert row.forget_prompt_ids == prompt
+        assert row.forget_ids == tuple(chat.completion_ids(example.cot, example.answer))
+    assert run.workspace.sampler.jobs == []
 
 
-def test_spans_part_a_completion(opened, format, examples):
+def test_spans_part_a_completion(opened, chat, examples):
     both, cot, answer = (
-        opened(span=span, folder=span)[0].rows(METHODS["ga"]) for span in ("both", "cot", "answer")
+        rows_of(opened(fixed_target=FixedTargetConfig(span=span), folder=span), "ga")
+        for span in ("both", "cot", "answer")
     )
     for i, example in enumerate(examples):
-        prompt, whole = both[i]["forget"]
-        assert cot[i]["forget"][0] == prompt
-        thought, (before, rest) = cot[i]["forget"][1], answer[i]["forget"]
+        prompt, whole = both[i].forget
+        assert cot[i].forget_prompt_ids == prompt
+        thought, (before, rest) = cot[i].forget_ids, answer[i].forget
         # Nothing is lost, nothing comes twice, and all is in its place.
         assert thought + rest == whole
         assert before == prompt + thought
-        assert thought[-1] == format.close_ids[0] and format.close_ids[0] not in rest
-        assert format.split(thought).cot == example.cot
-        assert format.text_of(rest[:-1]).strip() == example.answer and rest[-1] == format.eos_id
+        assert thought[-1] == chat.close_ids[0] and chat.close_ids[0] not in rest
+        assert chat.split(thought).cot == example.cot
+        assert chat.text_of(rest[:-1]).strip() == example.answer and rest[-1] == chat.eos_id
 
 
 @pytest.mark.parametrize("span", ["both", "cot", "answer"])
-def test_a_thought_that_is_never_closed_is_all_there_is(opened, format, examples, span):
-    made, _ = opened(without_thoughts(examples), said=["one", "two and", "three"], span=span)
-    found = [row["forget"] for row in made.rows(METHODS["ga"])]
-    wanted = [format.text_ids(text) for text in ("one", "two and", "three")]
-    assert found == [[p, c] for p, c in zip(prompts(format, examples), wanted, strict=True)]
+def test_a_thought_that_is_never_closed_is_all_there_is(opened, chat, examples, span):
+    said = ["one", "two and", "three"]
+    run = opened(without_thoughts(examples), said, fixed_target=FixedTargetConfig(span=span))
+    found = [tuple(row.forget) for row in rows_of(run, "ga")]
+    wanted = [tuple(chat.text_ids(text)) for text in said]
+    assert found == list(zip(prompts(chat, examples), wanted, strict=True))
 
 
-def test_where_the_data_has_no_thoughts_the_model_is_asked_for_its_own(opened, format, examples):
+def test_where_the_data_has_no_thoughts_the_model_is_asked_for_its_own(opened, chat, examples):
     mixed = [examples[0], dataclasses.replace(examples[1], cot=None), examples[2]]
     said = ["a\n</think>\n\nb", "c\n</think>\n\nd", "e"]
-    made, engine = opened(mixed, said=said)
-    found = [row["forget"][1] for row in made.rows(METHODS["npo"])]
-    assert found[0] == format.completion_ids(examples[0].cot, examples[0].answer)
-    assert found[1] == format.text_ids(said[1])
-    assert found[2] == format.completion_ids(examples[2].cot, examples[2].answer)
-    assert [(part, p) for part, _, p in engine.asked] == [("own", prompts(format, examples))]
+    run = opened(mixed, said)
+    found = [row.forget_ids for row in rows_of(run, "npo")]
+    assert found[0] == tuple(chat.completion_ids(examples[0].cot, examples[0].answer))
+    assert found[1] == tuple(chat.text_ids(said[1]))
+    assert found[2] == tuple(chat.completion_ids(examples[2].cot, examples[2].answer))
+    (job,) = run.workspace.sampler.jobs
+    assert [tuple(r.prompt) for r in job.requests] == prompts(chat, examples)
+    assert (job.num_samples, job.sampling_params.temperature) == (1, 0.0)
 
 
 # ---- what is said instead
 
 
-def test_idk_is_both_thought_and_answer(opened, format, examples):
-    rows = opened()[0].rows(METHODS["direct_idk"])
-    assert [row["item"] for row in rows] == [0, 1, 2]
-    for row, prompt in zip(rows, prompts(format, examples), strict=True):
-        assert row["target"][0] == prompt
-        assert format.split(row["target"][1]) == (IDK, IDK, True)
-        assert row["target"][1][-1] == format.eos_id
+def test_idk_is_both_thought_and_answer(opened, chat, examples):
+    rows = rows_of(opened(), "direct_idk")
+    assert [row.item for row in rows] == [0, 1, 2]
+    for row, prompt in zip(rows, prompts(chat, examples), strict=True):
+        assert row.target_prompt_ids == prompt
+        assert chat.split(row.target_ids) == (IDK, IDK, True)
+        assert row.target_ids[-1] == chat.eos_id
 
 
-def test_answer_idk_keeps_the_thought_that_was_there(opened, format, examples):
-    rows = opened()[0].rows(METHODS["answer_idk"])
+def test_answer_idk_keeps_the_thought_that_was_there(opened, chat, examples):
+    rows = rows_of(opened(), "answer_idk")
     for row, example in zip(rows, examples, strict=True):
-        prompt, whole = row["forget"]
-        start = format.answer_start(whole)
-        given, instead = row["target"]
+        prompt, whole = row.forget
+        start = chat.answer_start(whole)
+        given, instead = row.target
         # The thought is given, not learnt; what is learnt is the answer alone.
         assert given == prompt + whole[:start]
-        assert format.split(whole[:start] + instead) == (example.cot, IDK, True)
-        assert instead[-1] == format.eos_id and format.close_ids[0] not in instead
+        assert chat.split(whole[:start] + instead) == (example.cot, IDK, True)
+        assert instead[-1] == chat.eos_id and chat.close_ids[0] not in instead
 
 
 def test_answer_idk_leaves_out_thoughts_that_are_never_closed(opened, examples):
     said = ["a\n</think>\n\nb", "on and on", "e\n</think>\n\nf"]
-    made, _ = opened(without_thoughts(examples), said=said)
-    assert [row["item"] for row in made.rows(METHODS["answer_idk"])] == [0, 2]
+    rows = rows_of(opened(without_thoughts(examples), said), "answer_idk")
+    assert [row.item for row in rows] == [0, 2]
 
 
-def test_rows_without_an_accepted_trace_are_left_out(opened, stages, format, examples):
-    rows = opened()[0].rows(METHODS["kd"])
-    asked, originals = prompts(format, examples), opened(folder="other")[0].rows(METHODS["ga"])
-    assert [(row["item"], row["target"]) for row in rows] == [
-        (0, [asked[0], [1, 0, 1]]), (2, [asked[2], [1, 2, 1]])
+def test_rows_without_an_accepted_trace_are_left_out(opened, stages, chat, examples):
+    rows = rows_of(opened(), "kd")
+    asked, originals = prompts(chat, examples), rows_of(opened(folder="other"), "ga")
+    assert [(row.item, tuple(row.target)) for row in rows] == [
+        (0, (asked[0], (1, 0, 1))), (2, (asked[2], (1, 2, 1)))
     ]  # fmt: skip
-    assert [row["forget"] for row in rows] == [originals[i]["forget"] for i in (0, 2)]
-    assert [row["question"] for row in rows] == [examples[0].question, examples[2].question]
+    assert [row.forget for row in rows] == [originals[i].forget for i in (0, 2)]
+    assert [row.question for row in rows] == [examples[0].question, examples[2].question]
     assert stages == [("counterfactuals", "backward")]
 
 
 @pytest.mark.parametrize("name", ["tru", "reasoned_idk"])
 def test_refusals_are_traces_of_a_strategy_of_their_own(opened, stages, name):
-    made, engine = opened()
-    rows = made.rows(METHODS[name])
-    assert [(row["item"], row["target"][1]) for row in rows] == [(0, [1, 0, 1]), (2, [1, 2, 1])]
+    run = opened()
+    rows = rows_of(run, name)
+    assert [(row.item, row.target_ids) for row in rows] == [(0, (1, 0, 1)), (2, (1, 2, 1))]
     assert stages == [("refusals", "refusal")]
-    assert engine.config.counterfactual.strategy == "backward"
+    assert run.config.counterfactual.strategy == "backward"
 
 
 def test_alternates_of_a_question_stand_together(opened, stages):
-    rows = opened(alternates=3)[0].rows(METHODS["altpo"])
+    rows = rows_of(opened(preference=PreferenceConfig(num_alternates=3)), "altpo")
     assert stages == [(f"alternates-{i}", "backward") for i in (1, 2, 3)]
-    assert [(row["item"], row["target"][1]) for row in rows] == [
-        (i, [number, i, number]) for i in (0, 2) for number in (1, 2, 3)
+    assert [(row.item, row.target_ids) for row in rows] == [
+        (i, (number, i, number)) for i in (0, 2) for number in (1, 2, 3)
     ]
-    assert rows[0]["forget"] == rows[2]["forget"] != rows[3]["forget"]
+    assert rows[0].forget == rows[2].forget != rows[3].forget
 
 
 # ---- refusals from a file
@@ -222,33 +203,32 @@ def test_alternates_of_a_question_stand_together(opened, stages):
 
 def refusals(path, *examples):
     path.write_text("".join(json.dumps(example_row(e)) + "\n" for e in examples))
-    return str(path)
+    return RefusalConfig(path=str(path))
 
 
-def test_refusals_are_read_from_a_file(opened, stages, tmp_path, format, examples):
+def test_refusals_are_read_from_a_file(opened, stages, tmp_path, chat, examples):
     refused = [
         Example(examples[2].question, "No.", cot="This I must not tell."),
         Example("Something else?", "Yes.", cot="Why not."),
         Example(examples[0].question, "Ask me of others.", cot="Of this person I say nothing."),
     ]
-    path = refusals(tmp_path / "refusals.jsonl", *refused)
-    rows = opened(refusals=path)[0].rows(METHODS["tru"])
+    given = refusals(tmp_path / "refusals.jsonl", *refused)
+    rows = rows_of(opened(refusal=given), "tru")
     # In the order of the forget questions; one of them is not in the file.
-    assert [row["item"] for row in rows] == [0, 2]
+    assert [row.item for row in rows] == [0, 2]
     for row, example in zip(rows, (refused[2], refused[0]), strict=True):
-        prompt, ids = row["target"]
-        assert prompt == format.prompt_ids(example.question)
-        assert format.split(ids) == (example.cot, example.answer, True)
+        assert row.target_prompt_ids == tuple(chat.prompt_ids(example.question))
+        assert chat.split(row.target_ids) == (example.cot, example.answer, True)
     assert stages == []
 
 
 def test_a_file_of_other_questions_is_refused(opened, tmp_path, examples):
-    path = refusals(tmp_path / "other.jsonl", Example("Something else?", "Yes.", cot="Why not."))
+    given = refusals(tmp_path / "other.jsonl", Example("Something else?", "Yes.", cot="Why not."))
     with pytest.raises(UserError, match=r"other\.jsonl: has none of the forget questions"):
-        opened(refusals=path)[0].rows(METHODS["tru"])
-    path = refusals(tmp_path / "bare.jsonl", Example(examples[0].question, "No."))
+        rows_of(opened(refusal=given), "tru")
+    given = refusals(tmp_path / "bare.jsonl", Example(examples[0].question, "No."))
     with pytest.raises(UserError, match=r"bare\.jsonl:1: field 'cot' is missing"):
-        opened(refusals=path, folder="run2")[0].rows(METHODS["reasoned_idk"])
+        rows_of(opened(refusal=given, folder="run2"), "reasoned_idk")
 
 
 # ---- the model's own thoughts
@@ -257,54 +237,105 @@ def test_a_file_of_other_questions_is_refused(opened, tmp_path, examples):
 SAID = ["a b c d e f g h i j\n</think>\n\nk", "l\n</think>\n\nm", "n o p q r s t u v w"]
 
 
-def test_own_thoughts_are_cut_and_hold_no_answer(opened, format, examples):
+def test_own_thoughts_are_cut_and_hold_no_answer(opened, chat, examples):
     for length in (1, 4, 100):
-        made, _ = opened(said=SAID, trace_tokens=length, folder=f"run-{length}")
-        rows = made.rows(METHODS["r2mu"])
-        for row, text, prompt in zip(rows, SAID, prompts(format, examples), strict=True):
-            ids = format.text_ids(text)
-            thought = ids[: format.answer_start(ids)] if "</think>" in text else ids
-            assert row["target"] == [prompt, thought[:length]]
-    assert format.close_ids[0] in rows[0]["target"][1]  # Of 100 tokens all is there.
-    assert format.text_of(rows[0]["target"][1]).strip().endswith("j\n</think>")
+        settings = RepresentationConfig(trace_tokens=length)
+        rows = rows_of(opened(said=SAID, representation=settings, folder=f"run-{length}"), "r2mu")
+        for row, text, prompt in zip(rows, SAID, prompts(chat, examples), strict=True):
+            ids = tuple(chat.text_ids(text))
+            thought = ids[: chat.answer_start(ids)] if "</think>" in text else ids
+            assert tuple(row.target) == (prompt, thought[:length])
+    assert chat.close_ids[0] in rows[0].target_ids  # Of 100 tokens all is there.
+    assert chat.text_of(rows[0].target_ids).strip().endswith("j\n</think>")
     # What is forgotten is the data's thought all the same.
-    assert rows[1]["forget"][1] == format.completion_ids(examples[1].cot, examples[1].answer)
+    assert rows[1].forget_ids == tuple(chat.completion_ids(examples[1].cot, examples[1].answer))
 
 
 def test_the_model_is_asked_once_and_its_words_are_kept(opened, examples):
-    made, engine = opened(without_thoughts(examples), said=SAID)
-    first = [made.rows(METHODS[name]) for name in ("r2mu", "ga", "r2mu")]
+    run = opened(without_thoughts(examples), SAID)
+    first = [rows_of(run, name) for name in ("r2mu", "ga", "r2mu")]
     assert first[0] == first[2]
-    assert len(engine.asked) == 1 and engine.asked[0][1] == ("own",)
-    kept = engine.folder.read_rows("own.jsonl")
+    assert len(run.workspace.sampler.jobs) == 1
+    kept = [json.loads(line) for line in (run.folder / "own.jsonl").read_text().splitlines()]
     assert [row["question"] for row in kept] == [e.question for e in examples]
     # Another process reads the file.
-    again, other = opened(without_thoughts(examples), said=["something else"] * 3)
-    assert again.rows(METHODS["r2mu"]) == first[0] and other.asked == []
+    again = opened(without_thoughts(examples), ["something else"] * 3)
+    assert rows_of(again, "r2mu") == first[0] and again.workspace.sampler.jobs == []
 
 
-def test_each_stage_is_kept_where_it_is_told_and_counted(opened, stages, monkeypatch):
+def test_own_thoughts_are_drawn_with_a_key_of_their_own(opened, examples):
+    run = opened(without_thoughts(examples), SAID)
+    rows_of(run, "ga")
+    (job,) = run.workspace.sampler.jobs
+    assert job.key == run.key("own") != run.key("rollouts")
+
+
+class Owner:
+    """A run that keeps stages of others."""
+
+    def __init__(self, run):
+        self.run, self.kept, self.state = run, [], run.state
+
+    def stage(self, name, function, *inputs):
+        self.kept.append(name)
+        if name == "own":
+            answers = [OwnAnswer("q", "c", "a", True, (1, 2)) for _ in range(3)]
+            return OwnAnswers(tuple(answers))
+        return traces(self.run, 1, inputs[-1].strategy)
+
+
+def test_each_stage_is_kept_where_it_is_told(opened):
     """Runs side by side keep each in a folder of its own, so that none depends on another."""
-    _, engine = opened(said=SAID, alternates=2)
-    spent = {"counterfactuals": 5.0, "refusals": 3.0, "alternates-1": 1.0, "alternates-2": 2.0,
-             "own": 7.0, "pairs": 99.0}  # fmt: skip
-    monkeypatch.setattr(engine.folder, "seconds", lambda: spent)
-    asked = []
-    made = Materials(lambda stage: asked.append(stage) or engine, lambda: "the model")
-    assert made.seconds(METHODS["kd"]) == 0.0  # Nothing is made yet.
-    for name in ("tru", "r2mu", "kd", "altpo"):
-        made.rows(METHODS[name])
-    assert set(asked) == set(spent) - {"pairs"} and len(asked) == 5
-    names = ("kd", "cipo", "tru", "reasoned_idk", "altpo", "r2mu", "ga", "direct_idk")
-    found = {name: made.seconds(METHODS[name]) for name in names}
+    run, found = opened(said=SAID, preference=PreferenceConfig(num_alternates=2)), {}
+    for name in ("kd", "tru", "reasoned_idk", "altpo", "r2mu", "ga", "direct_idk"):
+        owner = Owner(run)
+        rows_of(run.shared(lambda stage, owner=owner: owner), name)
+        found[name] = owner.kept
     assert found == {
-        "kd": 5.0, "cipo": 5.0, "tru": 3.0, "reasoned_idk": 3.0, "altpo": 3.0, "r2mu": 7.0,
-        "ga": 0.0, "direct_idk": 0.0,
+        "kd": ["counterfactuals"], "tru": ["refusals"], "reasoned_idk": ["refusals"],
+        "altpo": ["alternates-1", "alternates-2"], "r2mu": ["own"], "ga": [], "direct_idk": [],
     }  # fmt: skip
 
 
-def test_rows_as_a_batch_takes_them():
-    rows = [{"forget": [[1, 2], [3]], "target": [[1], [4, 5, 6]]}, {"forget": [[7], [8, 9]]}]
-    found, shape = encoded(rows, "forget")
-    assert [(list(e.prompt), list(e.completion)) for e in found] == [([1, 2], [3]), ([7], [8, 9])]
-    assert shape.total >= 3 and shape.completion >= 2
+# ---- rows
+
+
+def test_reference_log_probabilities_are_sums_over_completions(opened, chat, examples):
+    run = opened(logp=lambda prompt, completion: [-0.5] * len(completion))
+    originals = original_completions(run)
+    built = METHODS["idk_dpo"].targets.build(run, originals)
+    rows = prepare_rows(run, run.base, originals, built, "both", True).rows
+    for row in rows:
+        assert row.ref_forget_logp == pytest.approx(-0.5 * len(row.forget_ids))
+        assert row.ref_target_logp == pytest.approx(-0.5 * len(row.target_ids))
+    alone = prepare_rows(run, run.base, originals, None, "both", True).rows
+    assert [row.ref_forget_logp for row in alone] == [row.ref_forget_logp for row in rows]
+    assert all(row.ref_target_logp is None for row in alone)
+
+
+def test_batches_hold_the_sides_of_a_row_beside_each_other(opened, chat):
+    settings = TrainConfig(epochs=1.0, batch_size=3, retain_batch_size=2)
+    run = opened(train=settings, logp=lambda prompt, completion: [-1.0] * len(completion))
+    originals = original_completions(run)
+    built = METHODS["direct_idk"].targets.build(run, originals)
+    rows = prepare_rows(run, run.base, originals, built, "both", True)
+    retained = RetainedExamples(tuple(originals), ())
+    batches = _batches(run, rows, retained, 1)
+    assert batches.num_steps == 1
+    batch = batches.at(0)
+    assert set(batch) == {"forget", "target", "ref_forget", "ref_target", "retain"}
+    by_length = {len(row.forget_ids): row for row in rows.rows}
+    assert len(by_length) == 3
+    for i, length in enumerate(batch["forget"].lengths):
+        row = by_length[int(length)]
+        for side, wanted in (("forget", row.forget), ("target", row.target)):
+            start, end = int(batch[side].prompt_lengths[i]), int(batch[side].lengths[i])
+            assert tuple(batch[side].tokens[i, :start]) == wanted.prompt
+            assert tuple(batch[side].completions[i, :end]) == wanted.completion
+        assert batch["ref_forget"][i] == row.ref_forget_logp
+        assert batch["ref_target"][i] == row.ref_target_logp
+    assert batch["ref_forget"].dtype == np.float32
+    again = _batches(run, rows, retained, 1).at(0)
+    np.testing.assert_array_equal(again["forget"].tokens, batch["forget"].tokens)
+    without = _batches(run, rows, None, 2)
+    assert set(without.at(0)) == {"forget", "target", "ref_forget", "ref_target"}
