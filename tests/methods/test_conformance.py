@@ -1,5 +1,7 @@
 """Every method that trains anything passes the conformance battery."""
 
+import functools
+
 import jax
 import pytest
 from conformance import check_conformance, small_config
@@ -17,7 +19,7 @@ TRAINED = [name for name, method in METHODS.items() if method.trains]
 
 @pytest.fixture(scope="module")
 def quick_updates():
-    """The update, compiled with options that shorten compilation."""
+    """The update with options that shorten compilation; shapes are computed once."""
 
     def jitted(self, state):
         shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -31,6 +33,7 @@ def quick_updates():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.TrainStep, "_jitted", jitted)
+        patch.setattr(step, "abstract_trainable", functools.cache(step.abstract_trainable))
         yield
 
 
