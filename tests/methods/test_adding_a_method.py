@@ -8,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import check_conformance
 
-from cipo_jax.config import BaselineConfig, Config
-from cipo_jax.data.batches import TokenizedExample, collate, shape_of
+from cipo_jax.config import Config
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.errors import UserError
+from cipo_jax.methods.fixed_target import FixedTargetConfig
+from cipo_jax.methods.objective import ForgetLoss
+from cipo_jax.methods.registry import METHODS, find, import_plugins, resolve_method
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
-from cipo_jax.training.step import Policy
-from cipo_jax.unlearning import methods
+from cipo_jax.training.step import Policy, StepContext
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
-SHAPE = DecoderConfig(64, 16, 32, 2, 2, 1, 8)
+DECODER = DecoderConfig(64, 16, 32, 2, 2, 1, 8)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -28,19 +33,21 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_methods"
     sys.modules.pop("my_methods", None)
-    methods.METHODS.pop("unlikelihood", None)
+    METHODS.pop("unlikelihood", None)
 
 
 def test_the_example_is_a_method_of_the_engine(plugin):
-    config = methods.configured(Config(method="unlikelihood", plugins=plugin))
-    assert methods.find(config.method).about == "unlikelihood training"
-    objective = methods.objective_of("unlikelihood", BaselineConfig(retain="none"))
+    method, config = resolve_method(Config(method="unlikelihood", plugins=(plugin,)))
+    assert method is find("unlikelihood") and method.about == "unlikelihood training"
+    none = Config(fixed_target=FixedTargetConfig(retain="none"))
+    assert (method.retains(config), method.retains(none)) == (True, False)
+    objective = method.objective(none)
     rows = [TokenizedExample([1, 2, 3], [4, 5, 6, 7]), TokenizedExample([8], [9, 10])]
-    batch = {"forget": jax.tree.map(jnp.asarray, collate(rows, shape_of(rows)))}
-    policy, params = Policy(SHAPE, Compute()), init_params(SHAPE, jax.random.key(0))
+    batch = {"forget": jax.tree.map(jnp.asarray, collate(rows, PadShape.fitting(rows)))}
+    policy, params = Policy(DECODER, Compute()), init_params(DECODER, jax.random.key(0))
 
     def of(params):
-        return objective(policy, params, batch)[0]
+        return objective(policy, params, batch, StepContext())[0]
 
     loss, gradient = jax.jit(jax.value_and_grad(of))(params)
     logps = np.asarray(policy.completion_logps(params, batch["forget"]))
@@ -49,6 +56,24 @@ def test_the_example_is_a_method_of_the_engine(plugin):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
 
 
+def test_the_example_conforms(plugin, quick_updates):
+    import_plugins(Config(plugins=(plugin,)))
+    check_conformance(find("unlikelihood"))
+
+
+def test_the_page_names_what_there_is():
+    """Class attributes, fields and files that the page speaks of."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name in re.findall(r"`(needs_\w+)`", text):
+        assert getattr(ForgetLoss, name) is False
+    for name in re.findall(r"`policy\.(\w+)", text):
+        assert hasattr(Policy(DECODER, Compute()), name)
+    for name in re.findall(r"`(methods/[\w/]+\.py)`", text):
+        assert (PAGE.parents[1] / "cipo_jax" / name).is_file(), name
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (PAGE.parents[1] / name).is_file(), name
+
+
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(UserError, match="'no_such_module' cannot be imported"):
-        methods.configured(Config(plugins="no_such_module"))
+        resolve_method(Config(plugins=("no_such_module",)))
