@@ -1,5 +1,6 @@
 """docs/adding_a_method.md, as a reader would follow it."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from cipo_jax.methods.fixed_target import FixedTargetConfig
 from cipo_jax.methods.objective import ForgetLoss
 from cipo_jax.methods.registry import METHODS, find, import_plugins, resolve_method
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
+from cipo_jax.settings import group, setting
 from cipo_jax.training.step import Policy, StepContext
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
@@ -59,6 +61,32 @@ def test_the_example_is_a_method_of_the_engine(plugin):
 def test_the_example_conforms(plugin, quick_updates):
     import_plugins(Config(plugins=(plugin,)))
     check_conformance(find("unlikelihood"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MyConfig:
+    """A group of settings of a plugin."""
+
+    largest: float = setting(0.9, "a setting", 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigWithMine(Config):
+    """A config that has it."""
+
+    mine: MyConfig = group(MyConfig)
+
+
+def test_a_plugin_may_have_a_group_of_its_own(plugin):
+    import_plugins(Config(plugins=(plugin,)))
+    kind = type(find("unlikelihood").objective(Config()).forget)
+    made = dataclasses.replace(
+        find("unlikelihood"), loss=lambda config: kind(config.group(MyConfig).largest)
+    )
+    assert made.objective(Config()).forget.largest == 0.9
+    config = ConfigWithMine(mine=MyConfig(0.5))
+    assert made.objective(config).forget.largest == 0.5
+    assert made.configured(config) == config
 
 
 def test_the_page_names_what_there_is():
