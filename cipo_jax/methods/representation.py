@@ -111,6 +111,7 @@ class Representation(FixedTarget):
                 f"config.representation.layer = {settings.layer}: the model has layers 0 to "
                 f"{decoder.layers - 1}"
             )
+        self.check_hidden_layer(config, decoder)
         layers = settings.layers
         if layers is None:
             layers = tuple(range(max(settings.layer - 2, 0), settings.layer + 1))
