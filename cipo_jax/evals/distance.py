@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from cipo_jax.data.batches import TokenizedExample, shape_of
+from cipo_jax.data.batches import PadShape, TokenizedExample
 from cipo_jax.evals.evaluate import Question
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.scoring import Scorer
@@ -44,7 +44,9 @@ def truth_ratios(
         counts.append(1 + len(example.perturbed_answers))
     if not rows:
         return np.zeros(0)
-    means = [float(logps.mean()) for logps in scorer.token_logps(params, rows, shape_of(rows))]
+    means = [
+        float(logps.mean()) for logps in scorer.token_logps(params, rows, PadShape.fitting(rows))
+    ]
     ratios, at = [], 0
     for count in counts:
         right, *wrong = means[at : at + count]
@@ -75,5 +77,5 @@ def divergence(
       retrained: the retrained model.
       rows: prompts with the completions that the retrained model generates.
     """
-    values = scorer.divergences(params, retrained, rows, shape_of(rows))
+    values = scorer.divergences(params, retrained, rows, PadShape.fitting(rows))
     return float(np.concatenate(values).mean())
