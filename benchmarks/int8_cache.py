@@ -11,10 +11,10 @@ import dataclasses
 
 import jax
 import numpy as np
+from cipo_jax.models.reasoning_model import ReasoningModel
 
 from cipo_jax.config import ThinkConfig
 from cipo_jax.models.decoder import Compute
-from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
 from cipo_jax.training.mesh import make_mesh
 

@@ -29,10 +29,10 @@ from peer import Compiles, give_back, jax_matmul, serve, status, timed, torch_ma
 class Ours:
     def __init__(self, folder, threads, rows):
         import jax
+        from cipo_jax.models.reasoning_model import ReasoningModel
 
         from cipo_jax.config import ThinkConfig
         from cipo_jax.models.decoder import Compute
-        from cipo_jax.models.reasoning_model import ReasoningModel
         from cipo_jax.sampling import Sampler
         from cipo_jax.training.mesh import make_mesh
 

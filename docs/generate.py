@@ -12,6 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cipo_jax import config
+from cipo_jax.data import record_docs
+from cipo_jax.data.records import Record
+from cipo_jax.evals.leakage import GradedGeneration, Scores
+from cipo_jax.experiments.compare import ComparisonResult
+from cipo_jax.experiments.sample import SampledCompletion
+from cipo_jax.experiments.sequential import SaidExample, SequenceResult
+from cipo_jax.methods.cipo.pairs import Pair, Rollout
+from cipo_jax.methods.counterfactual_records import Counterfactual
+from cipo_jax.methods.counterfactuals import WrittenExample
+from cipo_jax.methods.fixed_target import FixedRow
+from cipo_jax.methods.targets import OwnAnswer
+from cipo_jax.reports.summary import Summary
+from cipo_jax.runs.evaluation import IterationRecord
 from cipo_jax.settings import legacy_of, required, to_literal, type_name
 
 DOCS = Path(__file__).parent
@@ -118,9 +131,76 @@ def _old_names(cls: Any) -> Iterable[list[str]]:
             yield [f"`{old}`", ", ".join(new)]
 
 
+# ---- formats.md
+
+# Every file of a run folder: pattern, content, and the class of its rows where it has one.
+RUN_FOLDER: tuple[tuple[str, str, type[Record] | None], ...] = (
+    ("summary.json", "scores, seconds, peak memory and versions of a finished run", Summary),
+    ("config.json", "every setting of the run; [config.md](config.md)", None),
+    ("stages.json", "the stages that have happened: function, inputs, seconds, small results", None),
+    ("counterfactuals.jsonl", "a forget question a line, with its trace", Counterfactual),
+    ("refusals.jsonl, alternates-N.jsonl", "the same, for other methods", Counterfactual),
+    ("own.jsonl", "what the model says to the forget questions", OwnAnswer),
+    ("pairs.jsonl", "what the loss of a method other than CiPO gets", FixedRow),
+    ("iterations/NN/rollouts.jsonl", "what the model says at the start of an iteration", Rollout),
+    ("iterations/NN/pairs.jsonl", "counterfactual and rollout, with reference log-probs", Pair),
+    ("iterations/NN/metrics.json", "validation of an iteration, and compilations", IterationRecord),
+    ("evals/*.jsonl", "a question a line: what was said, what leaked where", GradedGeneration),
+    ("scores.json", "the scores of `evaluate`", Scores),
+    ("metrics.jsonl", "an update step a line: step, phase, loss and other scalars", None),
+    ("tensorboard/", "the same as TensorBoard events", None),
+    ("checkpoints/NAME", "Orbax: the parameters that a phase ended with", None),
+    ("checkpoints/NAME.steps/STEP", "Orbax: the whole training state inside of a phase", None),
+    ("export/", "the unlearned model as a Hugging Face folder", None),
+    ("adapter/", "with LoRA, the adapters as PEFT reads them", None),
+    (".parts/STAGE/", "items of the stage under way, dropped when it ends", None),
+    (".claim, .lock", "locks of the process that works in the folder", None),
+    ("comparison.json", "of `compare`: the whole table", ComparisonResult),
+    ("comparison.md, comparison.png", "of `compare`: the table and the plot for people", None),
+    ("runs/ROW/lr-LR-seed-SEED/", "of `compare`: the run folder of a trial", None),
+    ("materials/SETTINGS/STAGE/", "of `compare`: the run folder of a stage that trials share", None),
+    ("sequence.json", "of `sequential`: all requests", SequenceResult),
+    ("request-NN/", "of `sequential`: the run folder of a request", None),
+    ("request-NN/said.jsonl", "of `sequential`: clean answers that later requests retain",
+     SaidExample),
+    ("skills.jsonl", "of `sequential`: how the base model writes traces", WrittenExample),
+    ("rehearsal/request-NN.jsonl", "of `sequential`: what a request rehearses", None),
+    ("OUTPUT of sample --output", "a completion a line", SampledCompletion),
+)  # fmt: skip
+
+
+def formats_page() -> str:
+    """Every file of a run folder and the fields of its rows."""
+    rows = (
+        [
+            f"`{pattern}`",
+            content,
+            "" if cls is None else f"[{cls.__name__}](#{cls.__name__.lower()})",
+        ]
+        for pattern, content, cls in RUN_FOLDER
+    )
+    classes = list(dict.fromkeys(cls for _, _, cls in RUN_FOLDER if cls is not None))
+    lines = [
+        "# Files of a run folder",
+        "",
+        HEADER,
+        "",
+        "JSON Lines are UTF-8, a record a line; each carries its schema and version as `schema`.",
+        "A file appears under its name only when it is whole. Paths are relative to `--workdir`.",
+        "",
+        *table(("file", "holds", "rows"), rows),
+        "",
+        "An entry of `stages.json` has the stage's function and version, the fingerprints of its",
+        "inputs, its seconds, and the small fields of its result. A stage is found again where its",
+        "function and inputs are the same, and refused with the input that differs where not.",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + record_docs.formats_page(classes)
+
+
 # ---- all pages
 
-PAGES: dict[str, Callable[[], str]] = {"config.md": config_page}
+PAGES: dict[str, Callable[[], str]] = {"config.md": config_page, "formats.md": formats_page}
 
 
 def main(argv: list[str]) -> int:

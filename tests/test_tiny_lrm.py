@@ -2,12 +2,12 @@
 
 import jax
 import pytest
+from cipo_jax.models.reasoning_model import ReasoningModel
 
 from cipo_jax.data import tiny_world
 from cipo_jax.evals.leakage import judge, share
 from cipo_jax.hub import resolve
 from cipo_jax.models.decoder import Compute
-from cipo_jax.models.reasoning_model import ReasoningModel
 from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
 from cipo_jax.text.matching import mentions
 from cipo_jax.training.mesh import make_mesh

@@ -30,9 +30,9 @@ def budget_line(config: Config, result: ComparisonResult) -> str:
         tuned = f"learning rate chosen by validation with seed 0 among {_listed(common)}"
     own = [f"{', '.join(names)}: {_listed(lrs)}" for lrs, names in others]
     tuned += f" ({'; '.join(own)})" if own else ""
-    epochs = f"{config.train.epochs:g}"
+    epochs, rounds = f"{config.train.epochs:g}", config.fixed_target.rounds
     return (
-        f"Every row: {tuned}; at most {config.fixed_target.rounds} rounds of {epochs} epochs (CiPO: "
+        f"Every row: {tuned}; at most {rounds} rounds of {epochs} epochs (CiPO: "
         f"{config.cipo.iterations} iterations of as many after a warm-up of "
         f"{config.warmup.epochs:g}), of which validation keeps one; mean ± standard deviation over "
         f"{seeds} seeds."

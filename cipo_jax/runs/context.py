@@ -1,8 +1,9 @@
 """A run: its config, model, data and folder, and `stage`, by which each step happens once.
 
 A stage is a function of (run, inputs) that returns a `StageResult`. Its identity is the function's
-version and the fingerprints of the inputs; the config of a run folder never changes. A run that is killed anywhere and started
-again repeats at most the completion or the update steps it was in, and computes the same bits.
+version and the fingerprints of the inputs; the config of a run folder never changes. A run that is
+killed anywhere and started again repeats at most the completion or the update steps it was in, and
+computes the same bits.
 """
 
 import contextlib

@@ -199,9 +199,7 @@ def measure_fluency(
 
     def nats(evaluation: Evaluation) -> float:
         said = [g for g in evaluation.generations if g.split == "forget"]
-        scored = [
-            TokenizedExample(q.prompt_ids, g.ids) for q, g in zip(prompts, said, strict=True)
-        ]
+        scored = [TokenizedExample(q.prompt_ids, g.ids) for q, g in zip(prompts, said, strict=True)]
         facts = [fact_tokens(model.chat.tokenizer, g.ids, words) for g in said]
         shape = PadShape.fitting(scored)
         return nonfact_logp(run.workspace.scorer.token_logps(params, scored, shape), facts)

@@ -16,7 +16,12 @@ OnItem = Callable[[tuple[R, ...], bool], None]
 
 
 def resumable_map(
-    path: Path, kind: type[R], count: int, work: Work[R], on_item: OnItem[R], after: Callable[[], None]
+    path: Path,
+    kind: type[R],
+    count: int,
+    work: Work[R],
+    on_item: OnItem[R],
+    after: Callable[[], None],
 ) -> list[tuple[R, ...]]:
     """The records of `count` items in their order; each item's are kept as soon as they are there.
 

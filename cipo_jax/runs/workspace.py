@@ -93,9 +93,7 @@ class Workspace:
 def open_model(config: RunConfig, trainable: Trainable = None) -> LanguageModel:
     """The model of a run's config on its mesh."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    return LanguageModel.from_config(
-        config.model, config.think, mesh, trainable, config.lora.path
-    )
+    return LanguageModel.from_config(config.model, config.think, mesh, trainable, config.lora.path)
 
 
 def _same_programs(old: RunConfig, new: RunConfig) -> bool:

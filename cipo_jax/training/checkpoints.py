@@ -106,7 +106,7 @@ class Checkpoints:
     def _restore(self, path: Path, abstract: _Struct) -> _Struct:
         # More may be stored than is asked for, such as a moving average.
         loaded = self._load(path, _fields(abstract), partial=True)
-        return abstract.replace(**loaded)
+        return dataclasses.replace(abstract, **loaded)
 
     @staticmethod
     def _save(path: Path, state: Any) -> None:

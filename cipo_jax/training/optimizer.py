@@ -5,27 +5,16 @@ one compiled update.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cipo_jax.shared_config import TrainConfig
 from cipo_jax.typing import Array, Params
 
 LrSchedule = Literal["constant", "linear", "cosine"]
-
-
-class OptimizerSettings(Protocol):
-    """The optimizer's part of a training config."""
-
-    lr: float
-    warmup_steps: int
-    lr_schedule: LrSchedule
-    weight_decay: float
-    b1: float
-    b2: float
-    max_grad_norm: float
 
 
 class Schedule(NamedTuple):
@@ -44,7 +33,7 @@ class Schedule(NamedTuple):
     num_steps: int | Array = 1
 
     @classmethod
-    def from_config(cls, settings: OptimizerSettings, num_steps: int) -> "Schedule":
+    def from_config(cls, settings: TrainConfig, num_steps: int) -> "Schedule":
         """The schedule of a phase of `num_steps` steps; a shorter phase has a shorter warm-up."""
         return cls(0, settings.lr, min(settings.warmup_steps, max(num_steps - 1, 0)), num_steps)
 
@@ -58,9 +47,8 @@ class Schedule(NamedTuple):
 
 def learning_rate(schedule: Schedule, lr_schedule: LrSchedule) -> Array:
     """Linear warm-up, then "constant", or "linear" or "cosine" decay to zero at `num_steps`."""
-    done, lr, warmup_steps, num_steps = schedule.as_arrays()
-    done, warmup = done.astype(jnp.float32), warmup_steps.astype(jnp.float32)
-    rest = jnp.maximum(num_steps.astype(jnp.float32) - warmup, 1.0)
+    done, lr, warmup, num_steps = (jnp.asarray(n, jnp.float32) for n in schedule)
+    rest = jnp.maximum(num_steps - warmup, 1.0)
     part = jnp.clip((done - warmup) / rest, 0.0, 1.0)
     factor = {
         "constant": jnp.ones_like(part),
@@ -94,9 +82,9 @@ def decays(params: Params) -> Params:
 
 
 class AdamWState(NamedTuple):
-    """First and second moments (`mu`, `nu`), and the schedule."""
+    """First and second moments (optax's, with `mu` and `nu`), and the schedule."""
 
-    moments: optax.ScaleByAdamState
+    moments: optax.OptState
     schedule: Schedule
 
 
@@ -122,7 +110,7 @@ class AdamW:
     lr_schedule: LrSchedule = "constant"
 
     @classmethod
-    def from_config(cls, settings: OptimizerSettings) -> "AdamW":
+    def from_config(cls, settings: TrainConfig) -> "AdamW":
         """The optimizer of a training config; see `Schedule.from_config` for its numbers."""
         return cls(
             settings.b1,
@@ -134,7 +122,8 @@ class AdamW:
 
     def init(self, params: Params, schedule: Schedule | None = None) -> AdamWState:
         """Zero moments, and the schedule; without one the learning rate is zero."""
-        return AdamWState(self._adam.init(params), (schedule or Schedule()).as_arrays())
+        moments = cast(optax.ScaleByAdamState, self._adam.init(params))
+        return AdamWState(moments, (schedule or Schedule()).as_arrays())
 
     def update(
         self, updates: Params, state: AdamWState, params: Params
@@ -148,7 +137,7 @@ class AdamW:
         rate = learning_rate(state.schedule, self.lr_schedule)
         updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
         schedule = state.schedule._replace(done=state.schedule.done + 1)
-        return updates, AdamWState(moments, schedule)
+        return updates, AdamWState(cast(optax.ScaleByAdamState, moments), schedule)
 
     @property
     def _adam(self) -> optax.GradientTransformation:

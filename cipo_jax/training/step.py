@@ -5,9 +5,9 @@
     for batch in batches:
         state, metrics = step(state, step.put(batch))
 
-A `TrainStep` is a value: it is a static argument of the one jitted update, so equal steps share one
-compiled program. Everything that may differ between phases of one program is an argument or part of
-the state.
+A `TrainStep` is a value: it is a static argument of the one jitted update function, so equal steps
+share one compiled program. Everything that may differ between phases of one program is an argument
+or part of the state.
 """
 
 import dataclasses
@@ -240,10 +240,10 @@ class TrainStep:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         opt_state = optax.tree_map_params(
-            self.optimizer,  # pyright: ignore[reportArgumentType]  (it is only initialized)
+            self.optimizer,  # pyright: ignore[reportArgumentType]  (its init is all that is used)
             place,
             jax.eval_shape(self.optimizer.init, params),
-            jax.tree.map(lambda x: x.sharding, params),
+            _shardings(params),
             transform_non_params=lambda x: place(x, everywhere),
         )
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
@@ -292,7 +292,12 @@ class TrainStep:
         schedule = None if schedule is None else schedule.as_arrays()
         if self.ema_decay is None or ema is params:
             ema = None
-        make = _init_donating if donate else _init
+        make = jax.jit(
+            _make_state,
+            static_argnames="step",
+            donate_argnames=("params", "ema") if donate else (),
+            out_shardings=_shardings(self.abstract_state()),
+        )
         return make(self, params, ema, schedule, numbers)
 
     def put(self, batch: Batch) -> Batch:
@@ -319,7 +324,7 @@ class TrainStep:
         Raises:
           ValueError: where frozen or the key is missing.
         """
-        return _update(self, state, batch, *self._extras(frozen, key))
+        return self._jitted(state)(self, state, batch, *self._extras(frozen, key))
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The lowered program of a step, without running it.
@@ -335,8 +340,21 @@ class TrainStep:
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
             abstract_on(self.mesh, params),
         )
-        key = jax.random.key(0)
-        return _update.lower(self, self.abstract_state(), batch, *self._extras(frozen, key))
+        state, extras = self.abstract_state(), self._extras(frozen, jax.random.key(0))
+        return self._jitted(state).lower(self, state, batch, *extras)
+
+    def _jitted(self, state: TrainState) -> Any:
+        """The jitted update, whose state keeps its shardings.
+
+        A new wrapper at each call is cheap (0.1 ms): jax keeps the programs by function, static
+        arguments and shardings, not by wrapper.
+        """
+        return jax.jit(
+            _update,
+            static_argnames="step",
+            donate_argnames="state",
+            out_shardings=(_shardings(state), replicated(self.mesh)),
+        )
 
     def _extras(self, frozen: Params, key: Array | None) -> tuple[Params, Array | None]:
         """`frozen` and `key` where the step needs them, None where it does not."""
@@ -346,9 +364,9 @@ class TrainStep:
             raise ValueError("the adapters have dropout: this step needs a key")
         return frozen if self.needs_frozen else None, key if self.dropout else None
 
-    def _constrain(self, state: TrainState) -> TrainState:
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
-        return jax.lax.with_sharding_constraint(state, shardings)
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _make_state(
@@ -366,21 +384,16 @@ def _make_state(
     if step.ema_decay is not None:
         ema = params if ema is None else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ema)
         ema = jax.tree.map(jnp.copy, ema)
-    state = TrainState(
+    return TrainState(
         params=jax.tree.map(jnp.copy, params),
         opt_state=opt_state,
         step=jnp.zeros((), jnp.int32),
         ema=ema,
         aux_state=dict(aux_state),
     )
-    return step._constrain(state)
 
 
-_init = jax.jit(_make_state, static_argnames="step")
-_init_donating = jax.jit(_make_state, static_argnames="step", donate_argnames=("params", "ema"))
-
-
-def _make_update(
+def _update(
     step: TrainStep, state: TrainState, batch: Batch, frozen: Params, key: Array | None
 ) -> tuple[TrainState, Metrics]:
     policy = step.policy
@@ -414,10 +427,7 @@ def _make_update(
         aux_state=step.objective.update_aux_state(state.aux_state, metrics),
     )
     metrics = metrics | {"grad_norm": optax.global_norm(gradients)}
-    return step._constrain(new), jax.lax.with_sharding_constraint(metrics, replicated(step.mesh))
-
-
-_update = jax.jit(_make_update, static_argnames="step", donate_argnames="state")
+    return new, metrics
 
 
 def _accumulated(grad: Any, trained: Params, batch: Batch, n: int) -> tuple[Params, Metrics]:

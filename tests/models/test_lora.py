@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cipo_jax.shared_config import LoraConfig
 from trees import assert_trees_close, assert_trees_equal
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
@@ -36,6 +35,7 @@ from cipo_jax.models.lora import (
 )
 from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
+from cipo_jax.shared_config import LoraConfig
 from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.step import Objective, Policy, TrainStep

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cipo_jax.shared_config import ModelConfig
 from trees import assert_trees_equal
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
@@ -21,6 +20,7 @@ from cipo_jax.models.pretrained import (
     fingerprint,
 )
 from cipo_jax.models.safetensors_save import save_folder
+from cipo_jax.shared_config import ModelConfig
 
 CONFIG = DecoderConfig(280, d_model=8, d_ff=12, layers=2, heads=2, kv_heads=1, head_dim=4)
 
