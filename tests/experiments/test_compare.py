@@ -59,13 +59,17 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    environment = user_runs.environment(tmp_path_factory.mktemp("compiled"))
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "poison.py").write_text(POISON)
+    environment = user_runs.environment(folder / "programs")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
-    def start(workdir, *extra, program=("-m", "cipo_jax")):
+    def start(workdir, *extra, program=("-m", "cipo_jax"), poisoned=False):
         flags = [
             "--config=configs/tiny/compare.py:smoke", f"--workdir={workdir}", *SMALL, *extra
         ]  # fmt: skip
-        return user_runs.run(environment, *program, "compare", *flags, timeout=800)
+        found = environment | ({"PYTHONPATH": path} if poisoned else {})
+        return user_runs.run(found, *program, "compare", *flags, timeout=800)
 
     return start
 
@@ -262,3 +266,118 @@ def test_other_rows_may_be_asked_for_in_the_same_folder_but_no_other_settings(
     refused = start(workdir, "--config.selection.leak_goal=0.5")
     assert refused.returncode == 2
     assert "selection.leak_goal: 1.0 there, 0.5 now" in refused.stderr
+
+
+# ---- what is compiled
+
+
+@pytest.mark.slow
+def test_trials_of_a_method_share_their_programs(whole):
+    """Another learning rate or seed is data of the programs of the first trial."""
+    workdir, _ = whole
+    for name in ("ga", "npo"):
+        compiled = {
+            folder.name: read(folder / "iterations" / "01" / "metrics.json")["compilations"]
+            for folder in workdir.glob(f"runs/{name}/*")
+        }
+        assert len(compiled) == 3
+        assert compiled.pop("lr-0.0001-seed-0") > 0  # The first.
+        assert set(compiled.values()) == {0}, compiled
+
+
+# ---- a loss that stops being a number
+
+
+# As a plugin it is also imported by the processes of workers.
+POISON = """
+import numpy as np
+from cipo_jax.methods import fixed_target
+from cipo_jax.runs.training import Batches
+
+make_batches = fixed_target._batches
+
+
+def poisoned(run, rows, retained, number):
+    batches = make_batches(run, rows, retained, number)
+    row, seed = run.folder.parent.name, run.config.seed
+    late = row == "late" and seed == 1 and number == 2
+    if not (late or (row == "lost" and number == 1)):
+        return batches
+
+    def at(step):
+        batch = batches.at(step)
+        return batch | {"ref_forget": batch["ref_forget"] * np.float32("nan")} if step else batch
+
+    return Batches(at, batches.num_steps)
+
+
+fixed_target._batches = poisoned
+"""
+DIVERGING = (
+    "--config.compare.variants=(('late', {'method': 'npo'}), ('lost', {'method': 'npo'}),"
+    " ('sound', {'method': 'npo'}))",
+    "--config.compare.lrs=(8e-4,)",
+    "--config.fixed_target.rounds=2",
+    "--config.model.retrained=",
+    "--config.plugins=poison",
+)
+
+
+@pytest.fixture(scope="module")
+def diverged(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("diverged") / "run"
+    done = start(workdir, *DIVERGING, poisoned=True)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def contents(workdir):
+    files = (p for p in workdir.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in files}
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_noted_and_the_others_go_on(diverged):
+    workdir, done = diverged
+    late, lost, sound = read(workdir / "comparison.json")["rows"]
+    assert [r["diverged"] for r in (late, lost, sound)] == [1, 2, 0]
+    # A seed that diverges after a validated round has the scores of that round.
+    assert all(len(m["values"]) == 2 for m in late["measures"].values())
+    assert late["measures"]["steps"]["values"][1] < sound["measures"]["steps"]["values"][1]
+    assert lost["measures"] == {}
+    folder = workdir / "runs" / "late" / "lr-0.0008-seed-1"
+    stages = read(folder / "stages.json")["stages"]
+    assert "loss is nan at step 2" in stages["diverged"]["result"]["message"]
+    assert stages["scores"]["result"]["iteration"] == 1
+    assert "iterations/02/validate" not in stages
+    # Before the poisoned batch both rows are the same.
+    first = [r["measures"]["cot_leak"]["values"][0] for r in (late, sound)]
+    assert first[0] == first[1]
+    table = (workdir / "comparison.md").read_text(encoding="utf-8")
+    assert "| late (diverged: 1 of 2 seeds) |" in table
+    assert "| lost (diverged: 2 of 2 seeds; 0 measured) | –" in table
+    assert "| sound |" in table
+    assert done.stderr.count("loss is nan at step 2") == 3
+    assert "lost                     diverged with every seed" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_comparison_that_diverged_started_again_adds_nothing(diverged, start):
+    workdir, _ = diverged
+    kept = contents(workdir)
+    again = start(workdir, *DIVERGING, poisoned=True)
+    assert again.returncode == 0, again.stderr
+    assert "loss is nan" not in again.stderr
+    found = contents(workdir)
+    assert found.keys() == kept.keys()
+    same = {"comparison.png"}  # Of the same numbers; its metadata may differ.
+    assert [name for name in kept.keys() - same if found[name] != kept[name]] == []
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_diverge_alike(diverged, start, tmp_path):
+    workdir = tmp_path / "run"
+    done = start(workdir, *DIVERGING, "--config.compare.workers=2", poisoned=True)
+    assert done.returncode == 0, done.stderr
+    assert comparable(workdir) == comparable(diverged[0])
+    assert done.stderr.count("loss is nan at step 2") == 3
