@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -8,13 +9,13 @@ from trees import assert_trees_equal
 
 from cipo_jax import losses
 from cipo_jax.config import TrainConfig
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
 from cipo_jax.training.checkpoints import Checkpoints
-from cipo_jax.training.loop import Diverged, run_phase
+from cipo_jax.training.loop import Callbacks, Diverged, Phase, train_phase
 from cipo_jax.training.mesh import make_mesh, param_shardings
-from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Policy, Trainer
+from cipo_jax.training.optimizer import AdamW, Schedule
+from cipo_jax.training.step import Objective, PhaseResult, Policy, TrainState, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
@@ -22,20 +23,23 @@ CONFIG = DecoderConfig(
 STEPS = 7
 
 
-def _objective(policy, params, batch):
+@dataclasses.dataclass(frozen=True)
+class _Objective(Objective):
     """NLL, with two ways to go wrong: a factor on the loss, and a root whose slope can blow up."""
-    logps = policy.completion_logps(params, batch["rows"])
-    loss = losses.nll(logps, batch["rows"].mask)[0] * jnp.mean(batch["factor"])
-    scale = jnp.sum(params["final_norm"]["scale"])
-    root = jnp.sqrt(jnp.mean(batch["inside"]) * jnp.square(scale))
-    return loss + 0.0 * root, {"mark": jnp.mean(batch["mark"])}
+
+    def __call__(self, policy, params, batch, context):
+        logps = policy.completion_logps(params, batch["rows"])
+        loss = losses.nll(logps, batch["rows"].mask)[0] * jnp.mean(batch["factor"])
+        scale = jnp.sum(params["final_norm"]["scale"])
+        root = jnp.sqrt(jnp.mean(batch["inside"]) * jnp.square(scale))
+        return loss + 0.0 * root, {"mark": jnp.mean(batch["mark"])}
 
 
 def _batch_at(step, factor=1.0, inside=1.0):
     rng = np.random.default_rng((3, step))
     rows = [TokenizedExample(rng.integers(0, 64, 3), rng.integers(0, 64, 5)) for _ in range(4)]
     return {
-        "rows": collate(rows, Shape(8, 5)),
+        "rows": collate(rows, PadShape(8, 5)),
         "factor": np.full(4, factor, np.float32),
         "inside": np.full(4, inside, np.float32),
         "mark": np.full(4, step, np.float32),
@@ -49,29 +53,36 @@ def _params(seed=0):
     )
 
 
-def _trainer(mesh, ema_decay=0.9):
-    optimizer = make_optimizer(TrainConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1), STEPS)
-    return Trainer(Policy(CONFIG, Compute()), _objective, optimizer, mesh, ema_decay=ema_decay)
+SETTINGS = TrainConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1)
+SCHEDULE = Schedule.from_config(SETTINGS, STEPS)
+
+
+def _step(mesh, ema_decay=0.9):
+    optimizer = AdamW.from_config(SETTINGS)
+    return TrainStep(Policy(CONFIG, Compute()), _Objective(), optimizer, mesh, ema_decay=ema_decay)
+
+
+def _start():
+    return PhaseResult(_params(), _params(1))
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def trained():
-    trainer = _trainer(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    return trainer, trainer.make_update()
+def step():
+    return _step(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
-def _run(trained, checkpoints, every=100, batch_at=_batch_at, **hooks):
-    trainer, update = trained
-    start = {"params": _params(), "ema": _params(1)}
-    return run_phase("phase", trainer, update, start, batch_at, STEPS, checkpoints, every, **hooks)
+def _run(step, checkpoints, every=100, batch_at=_batch_at, initial=None, **callbacks):
+    phase = Phase("phase", step, SCHEDULE, STEPS, every)
+    initial = _start() if initial is None else initial
+    return train_phase(phase, initial, batch_at, checkpoints, Callbacks(**callbacks))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(trained, tmp_path_factory):
-    return _run(trained, Checkpoints(tmp_path_factory.mktemp("whole")))
+def uninterrupted(step, tmp_path_factory):
+    return _run(step, Checkpoints(tmp_path_factory.mktemp("whole")))
 
 
 def _stop_at(step):
@@ -79,74 +90,72 @@ def _stop_at(step):
     return lambda: next(asked) == step
 
 
-@pytest.mark.parametrize("step", [1, 4, STEPS])
-def test_a_phase_stopped_and_resumed_ends_bit_identical(trained, uninterrupted, tmp_path, step):
+@pytest.mark.parametrize("at", [1, 4, STEPS])
+def test_a_phase_stopped_and_resumed_ends_bit_identical(step, uninterrupted, tmp_path, at):
     saves = []
     first = _run(
-        trained,
+        step,
         Checkpoints(tmp_path),
-        stop_asked=_stop_at(step),
+        should_stop=_stop_at(at),
         on_save=lambda: saves.append(None),
     )
     assert first is None
     assert len(saves) == 1
-    assert Checkpoints(tmp_path).latest_step("phase") == step
-    assert_trees_equal(_run(trained, Checkpoints(tmp_path)), uninterrupted)
+    assert Checkpoints(tmp_path).latest_step("phase") == at
+    assert_trees_equal(_run(step, Checkpoints(tmp_path)), uninterrupted)
 
 
 def test_training_moves_parameters_and_average(uninterrupted):
     for name, seed in (("params", 0), ("ema", 1)):
-        moved = uninterrupted[name]["embed"] - _params(seed)["embed"]
+        moved = getattr(uninterrupted, name)["embed"] - _params(seed)["embed"]
         assert float(jnp.abs(moved).max()) > 1e-3
 
 
-def test_periodic_checkpoints_change_nothing_and_are_announced(trained, uninterrupted, tmp_path):
+def test_periodic_checkpoints_change_nothing_and_are_announced(step, uninterrupted, tmp_path):
     checkpoints, seen = Checkpoints(tmp_path), []
     end = _run(
-        trained, checkpoints, every=3, on_save=lambda: seen.append(checkpoints.latest_step("phase"))
+        step, checkpoints, every=3, on_save=lambda: seen.append(checkpoints.latest_step("phase"))
     )
     assert_trees_equal(end, uninterrupted)
     assert seen == [3, 6]
 
 
-def test_a_phase_killed_after_a_checkpoint_resumes_from_it(trained, uninterrupted, tmp_path):
+def test_a_phase_killed_after_a_checkpoint_resumes_from_it(step, uninterrupted, tmp_path):
     class Killed(Exception):
         pass
 
-    def kill(step, metrics):
-        if step == 5:
+    def kill(number, metrics):
+        if number == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        _run(trained, Checkpoints(tmp_path), every=3, on_step=kill)
+        _run(step, Checkpoints(tmp_path), every=3, on_step=kill)
     steps = []
     end = _run(
-        trained, Checkpoints(tmp_path), every=3, on_step=lambda step, metrics: steps.append(step)
+        step, Checkpoints(tmp_path), every=3, on_step=lambda number, metrics: steps.append(number)
     )
     assert steps == [4, 5, 6, 7]
     assert_trees_equal(end, uninterrupted)
 
 
-def test_on_step_is_called_once_a_step_with_that_steps_metrics(trained, tmp_path):
+def test_on_step_is_called_once_a_step_with_that_steps_metrics(step, tmp_path):
     calls = []
 
-    def on_step(step, metrics):
-        calls.append((step, metrics["mark"]))
+    def on_step(number, metrics):
+        calls.append((number, metrics["mark"]))
         assert set(metrics) == {"loss", "grad_norm", "mark"}
         assert all(type(value) is float for value in metrics.values())
 
-    _run(trained, Checkpoints(tmp_path), stop_asked=_stop_at(3), on_step=on_step)
+    _run(step, Checkpoints(tmp_path), should_stop=_stop_at(3), on_step=on_step)
     # When a stopped phase returns, every step of its checkpoint has been reported.
     assert calls == [(1, 0.0), (2, 1.0), (3, 2.0)]
-    _run(trained, Checkpoints(tmp_path), on_step=on_step)
+    _run(step, Checkpoints(tmp_path), on_step=on_step)
     assert calls == [(i + 1, float(i)) for i in range(STEPS)]
 
 
-def test_a_phase_of_no_steps_returns_its_start(trained, tmp_path):
-    trainer, update = trained
-    start = {"params": _params(), "ema": _params(1)}
-    end = run_phase("none", trainer, update, start, _batch_at, 0, Checkpoints(tmp_path), 1)
-    assert_trees_equal(end, start)
+def test_a_phase_of_no_steps_returns_its_start(step, tmp_path):
+    phase = Phase("none", step, SCHEDULE, 0, 1)
+    assert_trees_equal(train_phase(phase, _start(), _batch_at, Checkpoints(tmp_path)), _start())
 
 
 @pytest.mark.parametrize(
@@ -160,19 +169,19 @@ def test_a_phase_of_no_steps_returns_its_start(trained, tmp_path):
         pytest.param(STEPS, 6, id="last"),
     ],
 )
-def test_a_loss_that_is_not_a_number_names_the_step(trained, tmp_path, bad, kept):
+def test_a_loss_that_is_not_a_number_names_the_step(step, tmp_path, bad, kept):
     checkpoints, steps = Checkpoints(tmp_path), []
 
-    def batch_at(step):
-        return _batch_at(step, factor=math.nan if step + 1 == bad else 1.0)
+    def batch_at(number):
+        return _batch_at(number, factor=math.nan if number + 1 == bad else 1.0)
 
     with pytest.raises(Diverged) as raised:
         _run(
-            trained,
+            step,
             checkpoints,
             every=2,
             batch_at=batch_at,
-            on_step=lambda step, metrics: steps.append(step),
+            on_step=lambda number, metrics: steps.append(number),
         )
     assert f"loss is nan at step {bad};" in str(raised.value)
     assert steps == list(range(1, bad))
@@ -181,17 +190,35 @@ def test_a_loss_that_is_not_a_number_names_the_step(trained, tmp_path, bad, kept
         assert "checkpoint before this phase is kept" in str(raised.value)
     else:
         assert f"checkpoint of step {kept} is kept" in str(raised.value)
-        state = checkpoints.load_step("phase", kept, trained[0].abstract_state())
-        assert int(state["step"]) == kept
+        state = checkpoints.load_step("phase", kept, step.abstract_state())
+        assert int(state.step) == kept
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
 
 
-def test_a_gradient_that_is_not_a_number_diverges_though_the_loss_is_one(trained, tmp_path):
-    def batch_at(step):
-        return _batch_at(step, inside=0.0 if step == 2 else 1.0)
+def test_a_gradient_that_is_not_a_number_diverges_though_the_loss_is_one(step, tmp_path):
+    def batch_at(number):
+        return _batch_at(number, inside=0.0 if number == 2 else 1.0)
 
     with pytest.raises(Diverged, match=r"grad_norm is (nan|inf) at step 3;"):
-        _run(trained, Checkpoints(tmp_path), batch_at=batch_at)
+        _run(step, Checkpoints(tmp_path), batch_at=batch_at)
+
+
+def test_arrays_of_a_callable_are_given_up_and_others_are_copied(step, uninterrupted, tmp_path):
+    kept, given = (
+        jax.device_put(_start(), jax.devices()[0]) for _ in range(2)
+    )  # fmt: skip
+    end = _run(step, Checkpoints(tmp_path / "kept"), initial=kept)
+    assert_trees_equal(end, uninterrupted)
+    assert_trees_equal(kept, _start())
+    end = _run(step, Checkpoints(tmp_path / "given"), initial=lambda: given)
+    assert_trees_equal(end, uninterrupted)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+
+
+def test_a_callable_is_not_called_where_there_is_a_checkpoint(step, uninterrupted, tmp_path):
+    _run(step, Checkpoints(tmp_path), should_stop=_stop_at(2))
+    end = _run(step, Checkpoints(tmp_path), initial=lambda: pytest.fail("it was called"))
+    assert_trees_equal(end, uninterrupted)
 
 
 # Checkpoints by themselves.
@@ -201,31 +228,42 @@ def _folders(path):
     return sorted(p.name for p in path.iterdir())
 
 
+def _state(value):
+    return TrainState({"x": jnp.full(3, float(value))}, {}, jnp.int32(value))
+
+
+def _result(value):
+    return PhaseResult({"x": jnp.full(2, float(value))})
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def test_save_step_keeps_the_latest_alone(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step("a") is None
     for step in (2, 4, 10):
-        checkpoints.save_step("a", step, {"x": jnp.full((3,), float(step))})
-        checkpoints.save_step("b", 1, {"x": jnp.zeros((3,))})
+        checkpoints.save_step("a", step, _state(step))
+        checkpoints.save_step("b", 1, _state(0))
         assert checkpoints.latest_step("a") == step
         assert len(_folders(tmp_path / "a.steps")) == 1
-    loaded = checkpoints.load_step("a", 10, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
-    np.testing.assert_array_equal(loaded["x"], 10.0)
+    loaded = checkpoints.load_step("a", 10, _abstract(_state(0)))
+    assert_trees_equal(loaded, _state(10))
     assert checkpoints.latest_step("b") == 1
 
 
 def test_save_phase_drops_its_own_steps_and_can_be_repeated(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_step("a", 3, {"x": jnp.zeros(2)})
-    checkpoints.save_step("b", 3, {"x": jnp.zeros(2)})
+    checkpoints.save_step("a", 3, _state(0))
+    checkpoints.save_step("b", 3, _state(0))
     assert not checkpoints.has_phase("a")
     for value in (1.0, 2.0):
-        checkpoints.save_phase("a", {"params": {"x": jnp.full(2, value)}})
+        checkpoints.save_phase("a", _result(value))
     assert checkpoints.has_phase("a")
     assert checkpoints.latest_step("a") is None
     assert checkpoints.latest_step("b") == 3
-    abstract = {"params": {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}}
-    np.testing.assert_array_equal(checkpoints.load_phase("a", abstract)["params"]["x"], 2.0)
+    assert_trees_equal(checkpoints.load_phase("a", _abstract(_result(0))), _result(2.0))
     checkpoints.drop_phase("a")
     checkpoints.drop_phase("a")
     assert not checkpoints.has_phase("a")
@@ -233,8 +271,8 @@ def test_save_phase_drops_its_own_steps_and_can_be_repeated(tmp_path):
 
 def test_leftovers_of_killed_writes_are_cleaned_and_nothing_else(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_phase("warmup", {"params": {"x": jnp.ones(2)}})
-    checkpoints.save_step("phase", 4, {"x": jnp.ones(2)})
+    checkpoints.save_phase("warmup", _result(1))
+    checkpoints.save_step("phase", 4, _state(1))
     leftovers = [
         tmp_path / "phase.orbax-checkpoint-tmp",
         tmp_path / "phase.steps" / "00000006.orbax-checkpoint-tmp",
@@ -250,8 +288,7 @@ def test_leftovers_of_killed_writes_are_cleaned_and_nothing_else(tmp_path):
     assert not any(folder.exists() for folder in leftovers)
     assert again.latest_step("phase") == 4
     assert again.latest_step("other") is None
-    abstract = {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}
-    np.testing.assert_array_equal(again.load_step("phase", 4, abstract)["x"], 1.0)
+    assert_trees_equal(again.load_step("phase", 4, _abstract(_state(0))), _state(1))
     assert again.has_phase("warmup")
 
 
@@ -271,7 +308,7 @@ def test_orbax_writes_to_the_name_that_is_cleaned(tmp_path, monkeypatch):
             monkeypatch.setattr(cls, "finalize", killed)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(Exception):  # noqa: B017  (orbax may wrap it)
-        checkpoints.save_step("phase", 2, {"x": jnp.ones(2)})
+        checkpoints.save_step("phase", 2, _state(1))
     left = _folders(tmp_path / "phase.steps")
     assert left and all("orbax-checkpoint-tmp" in name for name in left)
     assert checkpoints.latest_step("phase") is None
@@ -281,11 +318,11 @@ def test_orbax_writes_to_the_name_that_is_cleaned(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("source", "target"), [((2, 2, 2), (1, 4, 2)), ((1, 8, 1), (1, 1, 1))])
 def test_a_state_loads_onto_another_mesh(tmp_path, source, target):
     checkpoints = Checkpoints(tmp_path)
-    state = _trainer(make_mesh(*source)).init(_params(), _params(1))
-    state["opt_state"] = jax.tree.map(lambda x: x + 1, state["opt_state"])
+    state = _step(make_mesh(*source)).init(_params(), ema=_params(1), schedule=SCHEDULE)
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     checkpoints.save_step("phase", 5, state)
     devices = jax.devices()[: math.prod(target)]
-    abstract = _trainer(make_mesh(*target, devices=devices)).abstract_state()
+    abstract = _step(make_mesh(*target, devices=devices)).abstract_state()
     loaded = checkpoints.load_step("phase", 5, abstract)
     assert_trees_equal(loaded, state)
     assert jax.tree.all(
@@ -293,16 +330,24 @@ def test_a_state_loads_onto_another_mesh(tmp_path, source, target):
     )
 
 
+def test_more_may_be_stored_than_is_asked_for(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    whole = PhaseResult({"x": jnp.ones(2)}, {"x": jnp.zeros(2)}, {"dual": jnp.float32(0.5)})
+    checkpoints.save_phase("phase", whole)
+    assert_trees_equal(checkpoints.load_phase("phase", _abstract(whole)), whole)
+    assert_trees_equal(checkpoints.load_phase("phase", _abstract(_result(0))), _result(1))
+
+
 def test_phase_parameters_load_onto_another_mesh(tmp_path):
     checkpoints, params = Checkpoints(tmp_path), _params()
     source, target = make_mesh(2, 2, 2), make_mesh(8, 1, 1)
     placed = jax.device_put(params, param_shardings(params, source))
-    checkpoints.save_phase("phase", {"params": placed})
+    checkpoints.save_phase("phase", PhaseResult(placed))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         params,
         param_shardings(params, target),
     )
-    loaded = checkpoints.load_phase("phase", {"params": abstract})
-    assert_trees_equal(loaded, {"params": params})
-    assert loaded["params"]["embed"].sharding.mesh == target
+    loaded = checkpoints.load_phase("phase", PhaseResult(abstract))
+    assert_trees_equal(loaded, PhaseResult(params))
+    assert loaded.params["embed"].sharding.mesh == target

@@ -8,17 +8,25 @@ import pytest
 
 from cipo_jax.config import TrainConfig
 from cipo_jax.models.decoder import abstract_params
-from cipo_jax.training.optimizer import make_optimizer, make_schedule
+from cipo_jax.training.optimizer import AdamW, Schedule, learning_rate
 
 
 def _values(config: TrainConfig, steps: int) -> np.ndarray:
-    schedule = make_schedule(config, steps)
-    return np.array([float(schedule(i)) for i in range(steps + 1)])
+    return np.array([_rate(config, steps, i) for i in range(steps + 1)])
+
+
+def _rate(config: TrainConfig, steps: int, done: int) -> float:
+    schedule = Schedule.from_config(config, steps)._replace(done=done)
+    return float(learning_rate(schedule, config.lr_schedule))
+
+
+def _state(config: TrainConfig, params, steps: int = 10):
+    return AdamW.from_config(config).init(params, Schedule.from_config(config, steps))
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 def test_warmup_rises_evenly_from_above_zero_to_the_peak(decay):
-    lrs = _values(TrainConfig(lr=1.0, warmup_steps=4, decay=decay), steps=12)
+    lrs = _values(TrainConfig(lr=1.0, warmup_steps=4, lr_schedule=decay), steps=12)
     # Rounding of f32 alone.
     np.testing.assert_allclose(lrs[:5], [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
     assert lrs.max() == pytest.approx(1.0, rel=1e-6)
@@ -35,7 +43,7 @@ def test_warmup_rises_evenly_from_above_zero_to_the_peak(decay):
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_decay_spans_the_steps_after_warmup(decay, fraction, warmup):
     steps = 11
-    lrs = _values(TrainConfig(lr=3e-4, warmup_steps=warmup, decay=decay), steps)
+    lrs = _values(TrainConfig(lr=3e-4, warmup_steps=warmup, lr_schedule=decay), steps)
     t = np.arange(steps - warmup + 1) / (steps - warmup)
     np.testing.assert_allclose(lrs[warmup:], 3e-4 * fraction(t), rtol=1e-5, atol=1e-10)
 
@@ -43,7 +51,7 @@ def test_decay_spans_the_steps_after_warmup(decay, fraction, warmup):
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_every_step_of_a_phase_shorter_than_its_warmup_moves(decay, steps):
-    lrs = _values(TrainConfig(lr=0.1, warmup_steps=50, decay=decay), steps)[:steps]
+    lrs = _values(TrainConfig(lr=0.1, warmup_steps=50, lr_schedule=decay), steps)[:steps]
     assert (lrs > 0).all()
     assert lrs[-1] == pytest.approx(0.1, rel=1e-6)
 
@@ -53,10 +61,12 @@ def _params(config, **changes):
     return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
 
 
-def _apply(optimizer, params, gradients):
+def _apply(config, params, gradients):
+    optimizer = AdamW.from_config(config)
+
     @jax.jit
     def apply(params, gradients):
-        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        updates, _ = optimizer.update(gradients, _state(config, params), params)
         return optax.apply_updates(params, updates)
 
     return apply(params, gradients)
@@ -72,9 +82,9 @@ def _apply(optimizer, params, gradients):
 )
 def test_weight_decay_shrinks_matrices_and_leaves_scales_and_biases(dummy_config, changes):
     params = _params(dummy_config, **changes)
-    config = TrainConfig(lr=0.1, warmup_steps=0, decay="constant", weight_decay=0.5)
+    config = TrainConfig(lr=0.1, warmup_steps=0, lr_schedule="constant", weight_decay=0.5)
     # Without a gradient, what moves is moved by weight decay alone: p -> p (1 - lr decay).
-    moved = _apply(make_optimizer(config, 10), params, jax.tree.map(jnp.zeros_like, params))
+    moved = _apply(config, params, jax.tree.map(jnp.zeros_like, params))
     seen = set()
     for path, before in jax.tree_util.tree_flatten_with_path(params)[0]:
         names = [key.key for key in path]
@@ -96,8 +106,9 @@ def test_clip_bounds_the_gradient_that_adam_sees():
     norm = float(optax.global_norm(gradients))
 
     def moment_norm(clip: float) -> float:
-        optimizer = make_optimizer(TrainConfig(clip=clip, b1=0.9), 10)
-        _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        config = TrainConfig(max_grad_norm=clip, b1=0.9)
+        update = jax.jit(AdamW.from_config(config).update)
+        _, state = update(gradients, _state(config, params), params)
         return float(optax.global_norm(optax.tree.get(state, "mu"))) / 0.1
 
     # f32 sums, and b1 = 0.9 rounded to f32.
@@ -108,20 +119,19 @@ def test_clip_bounds_the_gradient_that_adam_sees():
 
 def test_the_optimizer_follows_the_schedule():
     params = {"embed": jnp.zeros((4, 4))}
-    config = TrainConfig(lr=0.1, warmup_steps=2, decay="linear", clip=0.0)
-    optimizer, schedule = make_optimizer(config, 6), make_schedule(config, 6)
-    state = optimizer.init(params)
+    config = TrainConfig(lr=0.1, warmup_steps=2, lr_schedule="linear", max_grad_norm=0.0)
+    optimizer, state = AdamW.from_config(config), _state(config, params, 6)
     for step in range(6):
         # A gradient that never changes gives Adam updates of exactly the learning rate, but for
         # its eps of 1e-8 and the rounding of its bias correction.
         updates, state = optimizer.update({"embed": jnp.ones((4, 4))}, state, params)
-        np.testing.assert_allclose(-updates["embed"], float(schedule(step)), rtol=1e-4)
+        np.testing.assert_allclose(-updates["embed"], _rate(config, 6, step), rtol=1e-4)
 
 
 def test_betas_reach_adam():
     gradient = {"embed": jnp.full((2, 2), 2.0)}
-    config = TrainConfig(b1=0.7, b2=0.6, clip=0.0)
-    optimizer = make_optimizer(config, 10)
-    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    config = TrainConfig(b1=0.7, b2=0.6, max_grad_norm=0.0)
+    optimizer = AdamW.from_config(config)
+    _, state = optimizer.update(gradient, _state(config, gradient), gradient)
     np.testing.assert_allclose(optax.tree.get(state, "mu")["embed"], 0.3 * 2.0, rtol=1e-6)
     np.testing.assert_allclose(optax.tree.get(state, "nu")["embed"], 0.4 * 4.0, rtol=1e-6)
