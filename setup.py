@@ -50,7 +50,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "eval": ["rouge-score>=0.1.2"],
         "plots": ["matplotlib>=3.8"],
-        "lint": ["import-linter>=2.13", "pyright[nodejs]>=1.1.390", "ruff>=0.9"],
+        "lint": ["import-linter>=2.17", "pyright[nodejs]>=1.1.390", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["cipo = cipo_jax.__main__:main"]},
     classifiers=[

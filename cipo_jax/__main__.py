@@ -16,7 +16,7 @@ COMMANDS = {
     "sample": "ask a model questions and see its chain of thought",
     "export": "write the model of any run, finished or not, as a Hugging Face folder",
     "config": "print the resolved settings of a config file and its overrides",
-    "pretrain": "make the embedded tiny world and its two models again, from nothing",
+    "pretrain": "train the embedded tiny world and its two models from random parameters",
 }
 
 
@@ -27,7 +27,7 @@ def usage() -> str:
         f"cipo_jax {__version__}: unlearning for reasoning models, in JAX\n\n"
         "usage: python -m cipo_jax COMMAND --config=FILE[:ARG] [--config.KEY=VALUE ...] [flags]\n\n"
         f"commands:\n{rows}\n\n"
-        "`python -m cipo_jax COMMAND --help` tells a command's flags."
+        "`python -m cipo_jax COMMAND --help` lists a command's flags."
     )
 
 

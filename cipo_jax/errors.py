@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: printed as one line, never as a traceback."""
+"""Exceptions that end a command with one line and an exit code, never with a traceback."""
 
 import sys
 from collections.abc import Callable

@@ -1,29 +1,35 @@
-"""Which programs XLA compiles while a test runs."""
+"""Counts the programs that are compiled."""
 
 import contextlib
+import dataclasses
 
 import jax.monitoring
 
-_watching = []
+
+@dataclasses.dataclass
+class Count:
+    number: int = 0
 
 
-def _on_event(event, duration, **more):
-    del duration
+_counts = {}
+
+
+def _on_event(event, duration, fun_name="", **kwargs):
+    del duration, kwargs
     if event == "/jax/core/compile/backend_compile_duration":
-        for names in _watching:
-            names.append(more["fun_name"])
+        for count, name in _counts.values():
+            count.number += fun_name == f"jit({name})"
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 @contextlib.contextmanager
-def compiled():
-    """A list of the functions that are compiled inside of the block, such as "jit(_update)"."""
-    names = []
-    _watching.append(names)
+def compilations(function_name):
+    """Counts the compilations of a jitted function, by its name, within the context."""
+    count = Count()
+    _counts[id(count)] = count, function_name
     try:
-        yield names
+        yield count
     finally:
-        # By identity: two lists of the same names are equal.
-        _watching[:] = [other for other in _watching if other is not names]
+        del _counts[id(count)]

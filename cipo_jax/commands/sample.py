@@ -29,7 +29,7 @@ FLAGS = {
     "prefill": "how the chain of thought is made to begin: a text, zero (ZeroThink) or less "
     "(LessThink)",
     "stop": "a text that ends a completion",
-    "verbose": "1 to tell what memory was planned and which programs were compiled",
+    "verbose": "1 to print the memory plan and the compiled programs",
 }
 
 

@@ -43,7 +43,7 @@ _TRAINING = ("warmup", "rollouts", "pairs", "train")  # Stages that a method's s
 
 @dataclasses.dataclass(frozen=True)
 class Tried(Record):
-    """What a learning rate came to in validation."""
+    """Validation scores of a learning rate."""
 
     lr: float = field("the learning rate")
     iteration: int = field("the best iteration; 0 where none was validated")
@@ -112,13 +112,13 @@ class Divergence(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class TrialScores(StageResult):
-    """What the kept iteration of a trial comes to on the test questions."""
+    """Test scores of the kept iteration of a trial."""
 
     schema: ClassVar[str] = "trial_scores"
 
     measures: Measures = field("scores of the kept iteration")
     steps: int = field("update steps of the trial")
-    seconds: float = field("of training, sampling and of what it learns from")
+    seconds: float = field("of training, sampling and sampling of targets")
     peak_gib: float = field("peak memory in GiB")
     iteration: int = field("the iteration that was kept")
 
@@ -156,7 +156,7 @@ def note_peak_memory(run: Run) -> Memory:
 
 
 def note_divergence(run: Run, message: str) -> Divergence:
-    """Stage: keeps why a trial ended."""
+    """Stage: records why a trial ended."""
     del run
     return Divergence(message)
 
@@ -204,6 +204,7 @@ class Comparison:
         run, test = self.run, self.run.workspace.data.test
         self._retrained = self._measure_retrained()  # First: distances are measured from it.
         before = run.stage("before", measure, run.base, test, self._retrained)
+        run.state.weights.clear()
         if self._settings.workers > 1:
             arguments = (self._config, str(run.folder))
             run_workers(_work_on_rows, arguments, run, self._settings.workers)

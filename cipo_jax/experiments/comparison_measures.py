@@ -1,4 +1,4 @@
-"""What a comparison reports of a model, as stages."""
+"""Measurements of a comparison, as stages."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -48,7 +48,7 @@ class Measures(StageResult):
     zero_leak: float | None = field("leak under ZeroThink")
     less_leak: float | None = field("leak under LessThink")
     ks: float | None = field("p of the KS test of truth ratios against the retrained model's")
-    kl: float | None = field("KL(retrained || model) on what the retrained model says, in nats")
+    kl: float | None = field("KL(retrained || model) on the retrained model's completions, in nats")
 
     def present(self) -> dict[str, float]:
         """The measures that there are."""
@@ -57,13 +57,13 @@ class Measures(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class RetrainedMeasures(StageResult):
-    """The retrained model: its scores, and what distances are measured from."""
+    """The retrained model: its scores, truth ratios and completions."""
 
     schema: ClassVar[str] = "retrained_measures"
 
     measures: Measures = field("its scores")
     ratios: tuple[float, ...] = field("truth ratios of the forget questions that have them")
-    said: tuple[GradedGeneration, ...] = rows("what it says to the forget questions")
+    said: tuple[GradedGeneration, ...] = rows("its completions of the forget questions")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ class SaidExample(Record):
 
 @dataclasses.dataclass(frozen=True)
 class Said(StageResult):
-    """What a model that forgot says, as far as it may be learnt again."""
+    """Clean answers of a model to the questions that it forgot."""
 
     schema: ClassVar[str] = "said"
 
@@ -63,7 +63,7 @@ class Said(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class Skills(StageResult):
-    """How the base model writes what the method learns from."""
+    """Writing tasks of the base model, on people who are retained."""
 
     schema: ClassVar[str] = "skills"
 
@@ -73,7 +73,7 @@ class Skills(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal(StageResult):
-    """The file of what a request retains beside facts and reasoning."""
+    """The file of further examples that a request retains."""
 
     schema: ClassVar[str] = "rehearsal"
 
@@ -291,7 +291,7 @@ def is_clean(
 
 
 def _skills(root: Run, method: Method) -> tuple[WrittenExample, ...]:
-    """How the base model writes what the method learns from."""
+    """Writing tasks of the base model, on people who are retained."""
     config = root.config
     assert isinstance(config, Config)
     settings, count = method.trace_settings(config), config.sequence.skills

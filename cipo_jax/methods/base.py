@@ -26,7 +26,7 @@ class Method:
       about: one line.
       source: arXiv id of the paper.
       overrides: settings "group.key" that replace a default of the config.
-      trains: whether it trains anything.
+      trains: false for the retrained model, which is only measured.
     """
 
     name: str
@@ -76,11 +76,11 @@ class Method:
         return False
 
     def retains(self, config: RunConfig) -> bool:
-        """Whether it trains on what is retained."""
+        """Whether it trains on retained examples."""
         raise NotImplementedError
 
     def trace_settings(self, config: RunConfig) -> CounterfactualConfig | None:
-        """How it has the model write the traces that it learns from; None where it has none."""
+        """Settings of the traces that it samples from the model; None if it samples none."""
         del config
         return None
 

@@ -1,4 +1,4 @@
-"""Counterfactual traces as records: what the model wrote, what was accepted, and why not."""
+"""Records of counterfactual traces: accepted ones, and rejected ones with the reason."""
 
 import dataclasses
 from typing import ClassVar
@@ -39,8 +39,8 @@ class Counterfactual(Record):
 
     item: int = field("index of the forget question")
     question: str = field("the question")
-    true_answer: str = field("what is to be forgotten")
-    target_answer: str | None = field("what is to be said instead; null where none was found")
+    true_answer: str = field("the true answer, to be forgotten")
+    target_answer: str | None = field("the answer of the counterfactual; null where none was found")
     target_source: str = field('who chose it: "given" by the data, the "strategy", the "model"')
     strategy: str = field("config.counterfactual.strategy")
     prompt_ids: tuple[int, ...] = field("token ids of the plain question's prompt")

@@ -8,7 +8,7 @@ from cipo_jax import losses
 from cipo_jax.methods.base import register
 from cipo_jax.methods.fixed_target import FixedTarget, ImitateTarget
 from cipo_jax.methods.objective import ForgetLoss
-from cipo_jax.methods.retain import over_vocabulary, token_mean
+from cipo_jax.methods.retain import over_vocabulary
 from cipo_jax.methods.targets import CounterfactualTargets
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import RunConfig
@@ -38,7 +38,7 @@ class Undial(ForgetLoss):
         per_token = functools.partial(losses.undial_per_token, beta=self.beta)
         models = [params, context.reference]
         values = over_vocabulary(policy, models, rows, per_token, rows.completions)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/undial": loss}
 
 
@@ -52,7 +52,7 @@ class Ceu(ForgetLoss):
         del context
         rows = batch["forget"]
         values = over_vocabulary(policy, [params], rows, losses.ceu_per_token, rows.completions)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/ceu": loss}
 
 
@@ -72,13 +72,16 @@ def _ceu(config: RunConfig) -> Ceu:
 
 register(
     FixedTarget(
-        "undial", "the model before with the true token's logit lowered", "2402.10052", loss=_undial
+        "undial",
+        "distillation from the base with the true token's logit lowered",
+        "2402.10052",
+        loss=_undial,
     )
 )
 register(
     FixedTarget(
         "kd",
-        "counterfactuals learnt, distillation on what is kept",
+        "counterfactuals imitated, distillation on retained examples",
         "1503.02531",
         loss=_imitate,
         targets=CounterfactualTargets(),

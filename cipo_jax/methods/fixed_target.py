@@ -1,4 +1,4 @@
-"""Methods that are one loss on fixed data: their loop, and what their entries say.
+"""Methods that are one loss on fixed data: their loop and their entries.
 
 Rounds of the loss on the same rows; each is validated, and the best by validation is kept.
 """
@@ -76,7 +76,7 @@ class FixedTargetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImitateTarget(ForgetLoss):
-    """NLL of what is to be said instead."""
+    """NLL of the targets."""
 
     def __call__(
         self, policy: Policy, params: Params, batch: Batch, context: StepContext
@@ -88,14 +88,14 @@ class ImitateTarget(ForgetLoss):
 
 @dataclasses.dataclass(frozen=True)
 class FixedTarget(Method):
-    """A method that is a loss on what is forgotten and a term on what is retained.
+    """A method that is a forget loss and a retain term on fixed data.
 
     Attributes:
       loss: the forget loss, from the config.
       targets: completions that the loss gets as batch["target"]; None for none.
-      retain: how the rest is kept, unless config.fixed_target.retain says otherwise.
-      forget_weight: unless config.fixed_target.forget_weight says otherwise.
-      retain_weight: unless config.fixed_target.retain_weight says otherwise.
+      retain: the retain term, unless config.fixed_target.retain sets one.
+      forget_weight: unless config.fixed_target.forget_weight sets one.
+      retain_weight: unless config.fixed_target.retain_weight sets one.
     """
 
     loss: Callable[[RunConfig], ForgetLoss] = dataclasses.field(kw_only=True)
@@ -187,7 +187,7 @@ def hidden_term(layer: int, reasoning_weight: float, weight: float) -> tuple[Ret
 
 @dataclasses.dataclass(frozen=True)
 class FixedRow(Record):
-    """What the loss gets for a forget question."""
+    """Forget completion and target of a forget question."""
 
     schema: ClassVar[str] = "fixed_row"
     stored_in: ClassVar[tuple[str, ...]] = ("pairs.jsonl",)
@@ -237,7 +237,7 @@ def prepare_rows(
     span: Span,
     reference_logps: bool,
 ) -> FixedRows:
-    """Stage: what the loss gets, with log-probabilities under the base parameters."""
+    """Stage: the rows of the loss, with log-probabilities under the base parameters."""
     questions = run.workspace.data.forget.questions
     if targets is None:
         chosen: list[tuple[int, TokenizedExample | None]] = [

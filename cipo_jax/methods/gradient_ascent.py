@@ -1,4 +1,4 @@
-"""Gradient ascent on what is forgotten, weighted or not: ga, grad_diff, kl, wga, satimp."""
+"""Gradient ascent on forget completions, weighted or not: ga, grad_diff, kl, wga, satimp."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class GradientAscentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GradientAscent(ForgetLoss):
-    """The NLL of what is forgotten with its sign turned."""
+    """Negated NLL of the forget completions."""
 
     def of_logps(
         self, logps: Array, mask: Array, num_tokens: Array | None
@@ -82,11 +82,13 @@ def _satimp(config: RunConfig) -> SatImp:
 
 
 register(FixedTarget("ga", "gradient ascent", "2210.01504", loss=_ga, retain="none"))
-register(FixedTarget("grad_diff", "gradient ascent, NLL on what is kept", "2203.12817", loss=_ga))
+register(
+    FixedTarget("grad_diff", "gradient ascent, NLL on retained examples", "2203.12817", loss=_ga)
+)
 register(
     FixedTarget(
         "kl",
-        "gradient ascent, KL to the model before on what is kept",
+        "gradient ascent, KL to the base on retained examples",
         "2401.06121",
         loss=_ga,
         retain="kl",

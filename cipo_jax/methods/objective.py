@@ -14,11 +14,11 @@ from cipo_jax.typing import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class ForgetLoss:
-    """Base class of losses on what is forgotten; an instance is a function of one update step.
+    """Base class of forget losses; an instance is a function of one update step.
 
-    batch["forget"] holds the completions to forget; batch["target"] those to learn instead, row by
-    row beside them; batch["ref_forget"] and batch["ref_target"] [B] their log-probabilities under
-    the base parameters.
+    batch["forget"] holds the forget completions; batch["target"] the targets, row by row beside
+    them; batch["ref_forget"] and batch["ref_target"] [B] the log-probabilities of both under the
+    base parameters, in nats.
 
     Attributes:
       needs_reference_logps: whether it asks for ref_forget and ref_target.
@@ -40,8 +40,8 @@ class FixedTargetObjective(Objective):
     """A forget loss and a retain term, weighted.
 
     Attributes:
-      forget: the loss on what is forgotten.
-      retain: the loss on what is retained.
+      forget: the forget loss.
+      retain: the retain term.
       forget_weight: of the first.
       retain_weight: of the second.
     """
@@ -75,7 +75,7 @@ class ConstrainedObjective(FixedTargetObjective):
     """The retain term as a constraint: its weight is a dual variable (PDU, arXiv 2506.05314).
 
     Attributes:
-      epsilon: what the retain term may be.
+      epsilon: upper bound of the retain term.
       dual_lr: step of the dual ascent.
     """
 

@@ -1,4 +1,4 @@
-"""Flat logits on what is forgotten, with what is kept as a constraint: pdu."""
+"""Flat logits on forget completions, with the retain term as a constraint: pdu."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from cipo_jax import losses
 from cipo_jax.methods.base import register
 from cipo_jax.methods.fixed_target import FixedTarget
 from cipo_jax.methods.objective import ConstrainedObjective, FixedTargetObjective, ForgetLoss
-from cipo_jax.methods.retain import over_vocabulary, token_mean
+from cipo_jax.methods.retain import over_vocabulary
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import RunConfig
 from cipo_jax.training.step import Batch, Metrics, Policy, StepContext
@@ -31,7 +31,7 @@ class Flatness(ForgetLoss):
         del context
         rows = batch["forget"]
         values = over_vocabulary(policy, [params], rows, losses.flatness_per_token)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/flatness": loss}
 
 
@@ -57,4 +57,4 @@ def _flatness(config: RunConfig) -> Flatness:
     return Flatness()
 
 
-register(Pdu("pdu", "flat logits, what is kept as a constraint", "2506.05314", loss=_flatness))
+register(Pdu("pdu", "flat logits, the retain term as a constraint", "2506.05314", loss=_flatness))

@@ -28,7 +28,7 @@ class PreferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TargetDpo(ForgetLoss):
-    """DPO from the original to what is to be said instead.
+    """DPO with the target as chosen and the forget completion as rejected.
 
     Attributes:
       beta: strength of the pull towards the reference, > 0.

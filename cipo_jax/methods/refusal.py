@@ -1,4 +1,4 @@
-"""Refusals are learnt in place of the original: direct_idk, answer_idk, reasoned_idk, tru."""
+"""Refusals as targets: direct_idk, answer_idk, reasoned_idk, tru."""
 
 import dataclasses
 from collections.abc import Sequence

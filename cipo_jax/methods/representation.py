@@ -47,7 +47,7 @@ class RepresentationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Misdirection(ForgetLoss):
-    """RMU on what is forgotten and, where the batch has them, on thoughts about it.
+    """RMU on forget completions and, where the batch has targets, on thoughts about them.
 
     Attributes:
       layer: whose output is driven to the control vector, from 0.

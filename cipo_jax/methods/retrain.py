@@ -1,4 +1,4 @@
-"""The gold standard: a model that never saw what is to be forgotten."""
+"""The gold standard: a model that was not trained on the forget set."""
 
 import dataclasses
 from typing import ClassVar
@@ -34,4 +34,4 @@ class Retrain(Method):
         return False
 
 
-register(Retrain("retrain", "the gold standard: a model that never saw what is forgotten"))
+register(Retrain("retrain", "the gold standard: a model that was not trained on the forget set"))

@@ -1,7 +1,7 @@
-"""Targets: completions that a method learns, or looks at, beside those it forgets.
+"""Targets: completions that a method trains on besides the forget completions.
 
-A target builder is a value of a method's entry. What it has the model generate is a stage of its
-own, with a file that a person can read; runs beside each other share it.
+A target builder is part of a method's entry. Completions that it samples from the model are a stage
+of their own, with a readable file; the trials of a comparison share it.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class TargetBuilder:
         raise NotImplementedError
 
     def trace_settings(self, config: RunConfig) -> CounterfactualConfig | None:
-        """How it has the model write traces; None where it has none written."""
+        """Settings of the traces that it samples from the model; None if it samples none."""
         del config
         return None
 
@@ -70,7 +70,7 @@ def trace_targets(run: Run, name: str, settings: CounterfactualConfig) -> tuple[
     return tuple(Target(c.item, c.tokenized()) for c in made.accepted)
 
 
-# ---- what is to be forgotten
+# ---- forget completions
 
 
 @dataclasses.dataclass(frozen=True)

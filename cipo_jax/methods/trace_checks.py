@@ -1,4 +1,4 @@
-"""Checks on counterfactual traces: on their text, and on what the model itself makes of them."""
+"""Checks on counterfactual traces: of their text, and of their log-probabilities."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
       question: the plain question.
       target: the answer that the trace should lead to.
-      generation: what the model wrote.
+      generation: the candidate.
     """
 
     question: Question

@@ -200,7 +200,9 @@ class Run:
         owner = self.owners(name)
         if owner is not None:
             self.state.used[name] = None
-            return owner.stage(name, function, *inputs)
+            result = owner.stage(name, function, *inputs)
+            owner.state.weights.clear()  # It was asked for this stage alone.
+            return result
         name = self._named(name)
         identity = self._identity(function, inputs)
         known = self.state.results.get(name)
@@ -274,7 +276,7 @@ class Run:
         """Inside of a stage: records of `count` items, each kept as soon as it is there.
 
         Args:
-          name: tells several such loops of a stage apart.
+          name: distinguishes several such loops of a stage.
           kind: class of the records.
           count: number of items.
           work: from the items that are missing to (item, its records), in any order.

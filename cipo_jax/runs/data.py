@@ -1,4 +1,4 @@
-"""The data of a run, encoded once: questions with their prompt ids, and what is retained."""
+"""The data of a run, encoded once: questions with their prompt ids, and retained examples."""
 
 import dataclasses
 from functools import cached_property
@@ -65,7 +65,7 @@ class RetainedExamples:
     """The training examples that are retained, as token ids.
 
     Attributes:
-      retain: facts, and what is rehearsed beside them.
+      retain: facts, and rehearsed examples.
       reasoning: worked reasoning problems.
     """
 

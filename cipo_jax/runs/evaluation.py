@@ -32,7 +32,7 @@ class Evaluation(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStats(Record):
-    """What the rollouts of an iteration gave away."""
+    """Leak rates of the rollouts of an iteration."""
 
     cot_leak: float = field("share of rollouts whose chain of thought leaks")
     answer_leak: float = field("share of rollouts whose answer leaks")
@@ -47,7 +47,7 @@ class IterationRecord(StageResult):
     schema: ClassVar[str] = "iteration"
 
     iteration: int = field("its number, from 1")
-    weights: Weights = field("what it ended with")
+    weights: Weights = field("the weights at its end")
     leak: float = field("the larger of the validation leaks in chain of thought and answer")
     clean: bool = field("whether the leak is at most config.selection.leak_goal")
     utility: float = field("harmonic mean of retain and reasoning accuracy and think-completion")
@@ -61,8 +61,8 @@ class Fluency(StageResult):
 
     schema: ClassVar[str] = "fluency"
 
-    before: float = field("of what the model says before")
-    after: float = field("of what the model says after")
+    before: float = field("of the completions before")
+    after: float = field("of the completions after")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Exported(StageResult):
 
 @dataclasses.dataclass(frozen=True)
 class Result(Record):
-    """What a run came to."""
+    """The outcome of a run."""
 
     schema: ClassVar[str] = "result"
 
@@ -110,7 +110,7 @@ def select(history: Sequence[IterationRecord]) -> IterationRecord:
 
 
 def rank_scores(clean: bool, leak: float, utility: float) -> tuple[bool, float]:
-    """Sorts by what `select` goes by, but for ties."""
+    """The sort key of `select`, without the rule for ties."""
     kept, gone = utility, 1.0 - leak
     merit = 2.0 * kept * gone / (kept + gone) if kept and gone else 0.0
     return clean, merit if clean else gone
@@ -193,7 +193,7 @@ def validated(
 def measure_fluency(
     run: Run, base: Weights, before: Evaluation, after: Evaluation, questions: QuestionSet
 ) -> Fluency:
-    """Log-probability, under the model before, of what is said before and after."""
+    """Log-probability, under the base parameters, of the completions before and after."""
     model, words = run.workspace.model, run.workspace.data.splits.fact_words
     params, prompts = run.params(base), questions.of("forget")
 

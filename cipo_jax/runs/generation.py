@@ -68,7 +68,7 @@ def sample_generations(
 
     Args:
       run: inside of a stage.
-      name: tells several such calls of a stage apart.
+      name: distinguishes several such calls of a stage.
       title: of the progress bar.
       params: from `Run.params`.
       job: what to sample.
@@ -101,7 +101,7 @@ def generate_graded(
 
     Args:
       run: inside of a stage.
-      name: tells several such calls of a stage apart.
+      name: distinguishes several such calls of a stage.
       title: of the progress bar.
       params: from `Run.params`.
       questions: to be asked.

@@ -1,4 +1,4 @@
-"""What is measured around a method: its model before, and the iteration that is kept."""
+"""Measurement around a method: of the base model, and of the iteration that is kept."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,7 +42,7 @@ class FullMeasurement:
 
 
 class IterationsOnly:
-    """Nothing but the iterations: for experiments that measure in their own way."""
+    """The iterations alone, for experiments with measurements of their own."""
 
     def before(self, run: Run) -> None:
         del run

@@ -45,7 +45,7 @@ def run_workers(
       workers: number of processes, at most; none on an accelerator, which one process owns.
 
     Raises:
-      UserError: where one of them stopped for what a user can mend.
+      UserError: where one of them stopped on bad input.
       Preempted: where one of them, or this process, was asked to stop; all have stopped then.
       RuntimeError: where one of them crashed.
     """
@@ -87,7 +87,9 @@ def _raise_for(processes: Sequence[Any], stopped: bool, hint: str) -> None:
     # Some of those that were stopped had not installed their handlers yet.
     fine = {0, EXIT_PREEMPTED} | ({-signal.SIGINT, -signal.SIGTERM} if stopped else set())
     if codes - fine == {EXIT_USER_ERROR}:
-        raise UserError("a worker stopped on the line above; mend it and run the same command")
+        raise UserError(
+            "a worker stopped with the error above; correct it and run the same command again"
+        )
     if codes - fine:
         raise RuntimeError(f"workers ended with exit codes {sorted(codes)}")
     if EXIT_PREEMPTED in codes:

@@ -1,4 +1,4 @@
-"""What runs beside each other share: the model, its samplers and scorer, and the encoded data."""
+"""Workspace: model, samplers, scorer and encoded data, shared by the runs of an experiment."""
 
 import dataclasses
 

@@ -210,8 +210,8 @@ class ChatFormat:
         for tag, text in [(self.close, cot), *spelled]:
             if tag in text:
                 raise UserError(
-                    f"a chain of thought or answer holds the tag {tag!r}, and could not be told "
-                    "from its end: take it out"
+                    f"a chain of thought or answer holds the tag {tag!r}, which would end it: "
+                    "take it out"
                 )
         around = ("", f"\n{self.close}\n\n", "")
         return [*self._encode_apart(around, (cot, answer)), self.eos_id]

@@ -73,7 +73,7 @@ def clip_by_global_norm(updates: Params, max_norm: float) -> Params:
 def decays(params: Params) -> Params:
     """The mask of weight decay: true for matrices, false for norm scales and biases."""
 
-    # By name: stacked layers add an axis, so the number of dimensions tells nothing.
+    # By name: stacked layers add an axis, so the number of dimensions is no criterion.
     def is_matrix(path, x):
         del x
         return path[-1].key not in ("scale", "bias")

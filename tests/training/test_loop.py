@@ -1,14 +1,17 @@
 import dataclasses
+import gc
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
+from objectives import FunctionObjective, TrainSettings
 from trees import assert_trees_equal
 
 from cipo_jax import losses
-from cipo_jax.config import TrainConfig
 from cipo_jax.data.batches import PadShape, TokenizedExample, collate
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
 from cipo_jax.training.checkpoints import Checkpoints
@@ -23,16 +26,13 @@ CONFIG = DecoderConfig(
 STEPS = 7
 
 
-@dataclasses.dataclass(frozen=True)
-class _Objective(Objective):
+def _objective(policy, params, batch):
     """NLL, with two ways to go wrong: a factor on the loss, and a root whose slope can blow up."""
-
-    def __call__(self, policy, params, batch, context):
-        logps = policy.completion_logps(params, batch["rows"])
-        loss = losses.nll(logps, batch["rows"].mask)[0] * jnp.mean(batch["factor"])
-        scale = jnp.sum(params["final_norm"]["scale"])
-        root = jnp.sqrt(jnp.mean(batch["inside"]) * jnp.square(scale))
-        return loss + 0.0 * root, {"mark": jnp.mean(batch["mark"])}
+    logps = policy.completion_logps(params, batch["rows"])
+    loss = losses.nll(logps, batch["rows"].mask)[0] * jnp.mean(batch["factor"])
+    scale = jnp.sum(params["final_norm"]["scale"])
+    root = jnp.sqrt(jnp.mean(batch["inside"]) * jnp.square(scale))
+    return loss + 0.0 * root, {"mark": jnp.mean(batch["mark"])}
 
 
 def _batch_at(step, factor=1.0, inside=1.0):
@@ -53,36 +53,32 @@ def _params(seed=0):
     )
 
 
-SETTINGS = TrainConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1)
+SETTINGS = TrainSettings(lr=1e-2, warmup_steps=2, weight_decay=0.1)
 SCHEDULE = Schedule.from_config(SETTINGS, STEPS)
 
 
 def _step(mesh, ema_decay=0.9):
-    optimizer = AdamW.from_config(SETTINGS)
-    return TrainStep(Policy(CONFIG, Compute()), _Objective(), optimizer, mesh, ema_decay=ema_decay)
-
-
-def _start():
-    return PhaseResult(_params(), _params(1))
+    optimizer, objective = AdamW.from_config(SETTINGS), FunctionObjective(_objective)
+    return TrainStep(Policy(CONFIG, Compute()), objective, optimizer, mesh, ema_decay=ema_decay)
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def step():
+def trained():
     return _step(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
-def _run(step, checkpoints, every=100, batch_at=_batch_at, initial=None, **callbacks):
+def _run(step, checkpoints, every=100, batch_at=_batch_at, **hooks):
     phase = Phase("phase", step, SCHEDULE, STEPS, every)
-    initial = _start() if initial is None else initial
-    return train_phase(phase, initial, batch_at, checkpoints, Callbacks(**callbacks))
+    initial = PhaseResult(_params(), _params(1))
+    return train_phase(phase, initial, batch_at, checkpoints, Callbacks(**hooks))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(step, tmp_path_factory):
-    return _run(step, Checkpoints(tmp_path_factory.mktemp("whole")))
+def uninterrupted(trained, tmp_path_factory):
+    return _run(trained, Checkpoints(tmp_path_factory.mktemp("whole")))
 
 
 def _stop_at(step):
@@ -90,72 +86,74 @@ def _stop_at(step):
     return lambda: next(asked) == step
 
 
-@pytest.mark.parametrize("at", [1, 4, STEPS])
-def test_a_phase_stopped_and_resumed_ends_bit_identical(step, uninterrupted, tmp_path, at):
+@pytest.mark.parametrize("step", [1, 4, STEPS])
+def test_a_phase_stopped_and_resumed_ends_bit_identical(trained, uninterrupted, tmp_path, step):
     saves = []
     first = _run(
-        step,
+        trained,
         Checkpoints(tmp_path),
-        should_stop=_stop_at(at),
+        should_stop=_stop_at(step),
         on_save=lambda: saves.append(None),
     )
     assert first is None
     assert len(saves) == 1
-    assert Checkpoints(tmp_path).latest_step("phase") == at
-    assert_trees_equal(_run(step, Checkpoints(tmp_path)), uninterrupted)
+    assert Checkpoints(tmp_path).latest_step("phase") == step
+    assert_trees_equal(_run(trained, Checkpoints(tmp_path)), uninterrupted)
 
 
 def test_training_moves_parameters_and_average(uninterrupted):
-    for name, seed in (("params", 0), ("ema", 1)):
-        moved = getattr(uninterrupted, name)["embed"] - _params(seed)["embed"]
+    for found, seed in ((uninterrupted.params, 0), (uninterrupted.ema, 1)):
+        moved = found["embed"] - _params(seed)["embed"]
         assert float(jnp.abs(moved).max()) > 1e-3
 
 
-def test_periodic_checkpoints_change_nothing_and_are_announced(step, uninterrupted, tmp_path):
+def test_periodic_checkpoints_change_nothing_and_are_announced(trained, uninterrupted, tmp_path):
     checkpoints, seen = Checkpoints(tmp_path), []
     end = _run(
-        step, checkpoints, every=3, on_save=lambda: seen.append(checkpoints.latest_step("phase"))
+        trained, checkpoints, every=3, on_save=lambda: seen.append(checkpoints.latest_step("phase"))
     )
     assert_trees_equal(end, uninterrupted)
     assert seen == [3, 6]
 
 
-def test_a_phase_killed_after_a_checkpoint_resumes_from_it(step, uninterrupted, tmp_path):
+def test_a_phase_killed_after_a_checkpoint_resumes_from_it(trained, uninterrupted, tmp_path):
     class Killed(Exception):
         pass
 
-    def kill(number, metrics):
-        if number == 5:
+    def kill(step, metrics):
+        if step == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        _run(step, Checkpoints(tmp_path), every=3, on_step=kill)
+        _run(trained, Checkpoints(tmp_path), every=3, on_step=kill)
     steps = []
     end = _run(
-        step, Checkpoints(tmp_path), every=3, on_step=lambda number, metrics: steps.append(number)
+        trained, Checkpoints(tmp_path), every=3, on_step=lambda step, metrics: steps.append(step)
     )
     assert steps == [4, 5, 6, 7]
     assert_trees_equal(end, uninterrupted)
 
 
-def test_on_step_is_called_once_a_step_with_that_steps_metrics(step, tmp_path):
+def test_on_step_is_called_once_a_step_with_that_steps_metrics(trained, tmp_path):
     calls = []
 
-    def on_step(number, metrics):
-        calls.append((number, metrics["mark"]))
+    def on_step(step, metrics):
+        calls.append((step, metrics["mark"]))
         assert set(metrics) == {"loss", "grad_norm", "mark"}
         assert all(type(value) is float for value in metrics.values())
 
-    _run(step, Checkpoints(tmp_path), should_stop=_stop_at(3), on_step=on_step)
+    _run(trained, Checkpoints(tmp_path), should_stop=_stop_at(3), on_step=on_step)
     # When a stopped phase returns, every step of its checkpoint has been reported.
     assert calls == [(1, 0.0), (2, 1.0), (3, 2.0)]
-    _run(step, Checkpoints(tmp_path), on_step=on_step)
+    _run(trained, Checkpoints(tmp_path), on_step=on_step)
     assert calls == [(i + 1, float(i)) for i in range(STEPS)]
 
 
-def test_a_phase_of_no_steps_returns_its_start(step, tmp_path):
-    phase = Phase("none", step, SCHEDULE, 0, 1)
-    assert_trees_equal(train_phase(phase, _start(), _batch_at, Checkpoints(tmp_path)), _start())
+def test_a_phase_of_no_steps_returns_its_start(trained, tmp_path):
+    initial = PhaseResult(_params(), _params(1))
+    phase = Phase("none", trained, SCHEDULE, 0, 1)
+    end = train_phase(phase, initial, _batch_at, Checkpoints(tmp_path))
+    assert_trees_equal(end, initial)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +167,19 @@ def test_a_phase_of_no_steps_returns_its_start(step, tmp_path):
         pytest.param(STEPS, 6, id="last"),
     ],
 )
-def test_a_loss_that_is_not_a_number_names_the_step(step, tmp_path, bad, kept):
+def test_a_loss_that_is_not_a_number_names_the_step(trained, tmp_path, bad, kept):
     checkpoints, steps = Checkpoints(tmp_path), []
 
-    def batch_at(number):
-        return _batch_at(number, factor=math.nan if number + 1 == bad else 1.0)
+    def batch_at(step):
+        return _batch_at(step, factor=math.nan if step + 1 == bad else 1.0)
 
     with pytest.raises(Diverged) as raised:
         _run(
-            step,
+            trained,
             checkpoints,
             every=2,
             batch_at=batch_at,
-            on_step=lambda number, metrics: steps.append(number),
+            on_step=lambda step, metrics: steps.append(step),
         )
     assert f"loss is nan at step {bad};" in str(raised.value)
     assert steps == list(range(1, bad))
@@ -190,80 +188,172 @@ def test_a_loss_that_is_not_a_number_names_the_step(step, tmp_path, bad, kept):
         assert "checkpoint before this phase is kept" in str(raised.value)
     else:
         assert f"checkpoint of step {kept} is kept" in str(raised.value)
-        state = checkpoints.load_step("phase", kept, step.abstract_state())
+        state = checkpoints.load_step("phase", kept, trained.abstract_state())
         assert int(state.step) == kept
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
 
 
-def test_a_gradient_that_is_not_a_number_diverges_though_the_loss_is_one(step, tmp_path):
-    def batch_at(number):
-        return _batch_at(number, inside=0.0 if number == 2 else 1.0)
+def test_a_gradient_that_is_not_a_number_diverges_though_the_loss_is_one(trained, tmp_path):
+    def batch_at(step):
+        return _batch_at(step, inside=0.0 if step == 2 else 1.0)
 
     with pytest.raises(Diverged, match=r"grad_norm is (nan|inf) at step 3;"):
-        _run(step, Checkpoints(tmp_path), batch_at=batch_at)
+        _run(trained, Checkpoints(tmp_path), batch_at=batch_at)
 
 
-def test_arrays_of_a_callable_are_given_up_and_others_are_copied(step, uninterrupted, tmp_path):
-    kept, given = (
-        jax.device_put(_start(), jax.devices()[0]) for _ in range(2)
-    )  # fmt: skip
-    end = _run(step, Checkpoints(tmp_path / "kept"), initial=kept)
-    assert_trees_equal(end, uninterrupted)
-    assert_trees_equal(kept, _start())
-    end = _run(step, Checkpoints(tmp_path / "given"), initial=lambda: given)
-    assert_trees_equal(end, uninterrupted)
-    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+# What a phase starts from and ends with.
 
 
-def test_a_callable_is_not_called_where_there_is_a_checkpoint(step, uninterrupted, tmp_path):
-    _run(step, Checkpoints(tmp_path), should_stop=_stop_at(2))
-    end = _run(step, Checkpoints(tmp_path), initial=lambda: pytest.fail("it was called"))
-    assert_trees_equal(end, uninterrupted)
+@dataclasses.dataclass(frozen=True)
+class Dual(Objective):
+    """NLL above a dual variable, which the NLL moves."""
+
+    initial: float = 0.5
+
+    def initial_aux_state(self):
+        return {"dual": self.initial}
+
+    def update_aux_state(self, aux_state, metrics):
+        return {"dual": aux_state["dual"] + 0.1 * metrics["nll"]}
+
+    def __call__(self, policy, params, batch, context):
+        nll = losses.nll(policy.completion_logps(params, batch["rows"]), batch["rows"].mask)[0]
+        dual = context.aux_state["dual"]
+        return dual * nll, {"nll": nll, "dual": dual}
+
+
+def _dual_phase(step, checkpoints, initial, name, **hooks):
+    phase = Phase(name, step, SCHEDULE, STEPS, 3)
+    return train_phase(phase, initial, _batch_at, checkpoints, Callbacks(**hooks))
+
+
+def test_named_numbers_go_from_step_to_step_from_phase_to_phase_and_through_checkpoints(tmp_path):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    step = TrainStep(Policy(CONFIG, Compute()), Dual(), AdamW.from_config(SETTINGS), mesh)
+    checkpoints, seen = Checkpoints(tmp_path), []
+
+    def on_step(number, metrics):
+        seen.append((metrics["dual"], metrics["nll"]))
+
+    first = _dual_phase(step, checkpoints, PhaseResult(_params()), "one", on_step=on_step)
+    assert seen[0][0] == 0.5
+    for (before, nll), (after, _) in itertools.pairwise(seen):
+        assert after == pytest.approx(before + 0.1 * nll, rel=1e-6)
+    checkpoints.save_phase("one", first)
+    loaded = checkpoints.load_phase("one", step.abstract_result())
+    assert_trees_equal(loaded, first)
+    assert first.ema is None
+
+    seen.clear()
+    second = _dual_phase(step, checkpoints, loaded, "two", on_step=on_step)
+    assert seen[0][0] == float(first.aux_state["dual"])
+    # The same, stopped and resumed.
+    stopped = _dual_phase(step, checkpoints, loaded, "again", should_stop=_stop_at(4))
+    assert stopped is None
+    assert_trees_equal(_dual_phase(step, checkpoints, loaded, "again"), second)
+
+
+def test_a_moving_average_starts_at_the_parameters_where_the_phase_before_kept_none(trained):
+    phase = Phase("phase", trained, SCHEDULE, 0, 1)
+    end = train_phase(
+        phase, PhaseResult(_params()), _batch_at, Checkpoints("/nowhere", clean=False)
+    )
+    assert_trees_equal(end.ema, _params())
+
+
+def _live_copies():
+    """Live float32 arrays of more than one element, in copies of the model's parameters."""
+    gc.collect()
+    buffers = {}
+    for x in jax.live_arrays():
+        for shard in x.addressable_shards:
+            if x.dtype == jnp.float32 and x.size > 1:
+                buffers[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    one = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(abstract_params(CONFIG)))
+    return sum(buffers.values()) / one
+
+
+@pytest.mark.parametrize(("ema_decay", "copies"), [(None, 3), (0.9, 4)])
+def test_a_phase_holds_parameters_moments_and_average_alone(tmp_path, ema_decay, copies):
+    step = _step(make_mesh(1, 1, 1, devices=jax.devices()[:1]), ema_decay)
+    before, live = _live_copies(), []
+
+    def initial():
+        return PhaseResult(jax.tree.map(jnp.asarray, _params()))
+
+    def on_step(number, metrics):
+        live.append(_live_copies() - before)
+
+    phase = Phase("phase", step, SCHEDULE, 3, 100)
+    end = train_phase(phase, initial, _batch_at, Checkpoints(tmp_path), Callbacks(on_step=on_step))
+    # Metrics and numbers of the schedule are the rest.
+    assert live == pytest.approx([copies] * 3, abs=0.01)
+    assert _live_copies() - before == pytest.approx(copies - 2, abs=0.01)
+    del end
+
+
+def test_arrays_that_are_given_as_such_are_copied(trained, tmp_path):
+    initial = PhaseResult(*jax.device_put((_params(), _params(1))))
+    phase = Phase("phase", trained, SCHEDULE, 2, 100)
+    train_phase(phase, initial, _batch_at, Checkpoints(tmp_path))
+    assert_trees_equal(initial, PhaseResult(_params(), _params(1)))
+
+
+def test_a_resumed_phase_does_not_ask_for_what_it_started_from(trained, uninterrupted, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    _run(trained, checkpoints, should_stop=_stop_at(3))
+
+    def never():
+        raise AssertionError
+
+    phase = Phase("phase", trained, SCHEDULE, STEPS, 100)
+    assert_trees_equal(train_phase(phase, never, _batch_at, checkpoints), uninterrupted)
+
+
+def test_a_resumed_phase_compiles_nothing(trained, uninterrupted, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    with compilations("_update") as compiled:
+        _run(trained, checkpoints, should_stop=_stop_at(3))
+        _run(trained, checkpoints)
+    assert compiled.number == 0
 
 
 # Checkpoints by themselves.
+
+
+def _state(x):
+    return TrainState({"x": x}, {}, None)
 
 
 def _folders(path):
     return sorted(p.name for p in path.iterdir())
 
 
-def _state(value):
-    return TrainState({"x": jnp.full(3, float(value))}, {}, jnp.int32(value))
-
-
-def _result(value):
-    return PhaseResult({"x": jnp.full(2, float(value))})
-
-
-def _abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
 def test_save_step_keeps_the_latest_alone(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step("a") is None
     for step in (2, 4, 10):
-        checkpoints.save_step("a", step, _state(step))
-        checkpoints.save_step("b", 1, _state(0))
+        checkpoints.save_step("a", step, _state(jnp.full((3,), float(step))))
+        checkpoints.save_step("b", 1, _state(jnp.zeros((3,))))
         assert checkpoints.latest_step("a") == step
         assert len(_folders(tmp_path / "a.steps")) == 1
-    loaded = checkpoints.load_step("a", 10, _abstract(_state(0)))
-    assert_trees_equal(loaded, _state(10))
+    loaded = checkpoints.load_step("a", 10, _state(jax.ShapeDtypeStruct((3,), jnp.float32)))
+    np.testing.assert_array_equal(loaded.params["x"], 10.0)
     assert checkpoints.latest_step("b") == 1
 
 
 def test_save_phase_drops_its_own_steps_and_can_be_repeated(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_step("a", 3, _state(0))
-    checkpoints.save_step("b", 3, _state(0))
+    checkpoints.save_step("a", 3, _state(jnp.zeros(2)))
+    checkpoints.save_step("b", 3, _state(jnp.zeros(2)))
     assert not checkpoints.has_phase("a")
     for value in (1.0, 2.0):
-        checkpoints.save_phase("a", _result(value))
+        checkpoints.save_phase("a", PhaseResult({"x": jnp.full(2, value)}))
     assert checkpoints.has_phase("a")
     assert checkpoints.latest_step("a") is None
     assert checkpoints.latest_step("b") == 3
-    assert_trees_equal(checkpoints.load_phase("a", _abstract(_result(0))), _result(2.0))
+    abstract = PhaseResult({"x": jax.ShapeDtypeStruct((2,), jnp.float32)})
+    np.testing.assert_array_equal(checkpoints.load_phase("a", abstract).params["x"], 2.0)
     checkpoints.drop_phase("a")
     checkpoints.drop_phase("a")
     assert not checkpoints.has_phase("a")
@@ -271,8 +361,8 @@ def test_save_phase_drops_its_own_steps_and_can_be_repeated(tmp_path):
 
 def test_leftovers_of_killed_writes_are_cleaned_and_nothing_else(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_phase("warmup", _result(1))
-    checkpoints.save_step("phase", 4, _state(1))
+    checkpoints.save_phase("warmup", PhaseResult({"x": jnp.ones(2)}))
+    checkpoints.save_step("phase", 4, _state(jnp.ones(2)))
     leftovers = [
         tmp_path / "phase.orbax-checkpoint-tmp",
         tmp_path / "phase.steps" / "00000006.orbax-checkpoint-tmp",
@@ -288,7 +378,8 @@ def test_leftovers_of_killed_writes_are_cleaned_and_nothing_else(tmp_path):
     assert not any(folder.exists() for folder in leftovers)
     assert again.latest_step("phase") == 4
     assert again.latest_step("other") is None
-    assert_trees_equal(again.load_step("phase", 4, _abstract(_state(0))), _state(1))
+    abstract = _state(jax.ShapeDtypeStruct((2,), jnp.float32))
+    np.testing.assert_array_equal(again.load_step("phase", 4, abstract).params["x"], 1.0)
     assert again.has_phase("warmup")
 
 
@@ -308,7 +399,7 @@ def test_orbax_writes_to_the_name_that_is_cleaned(tmp_path, monkeypatch):
             monkeypatch.setattr(cls, "finalize", killed)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(Exception):  # noqa: B017  (orbax may wrap it)
-        checkpoints.save_step("phase", 2, _state(1))
+        checkpoints.save_step("phase", 2, _state(jnp.ones(2)))
     left = _folders(tmp_path / "phase.steps")
     assert left and all("orbax-checkpoint-tmp" in name for name in left)
     assert checkpoints.latest_step("phase") is None
@@ -328,14 +419,6 @@ def test_a_state_loads_onto_another_mesh(tmp_path, source, target):
     assert jax.tree.all(
         jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), loaded, abstract)
     )
-
-
-def test_more_may_be_stored_than_is_asked_for(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    whole = PhaseResult({"x": jnp.ones(2)}, {"x": jnp.zeros(2)}, {"dual": jnp.float32(0.5)})
-    checkpoints.save_phase("phase", whole)
-    assert_trees_equal(checkpoints.load_phase("phase", _abstract(whole)), whole)
-    assert_trees_equal(checkpoints.load_phase("phase", _abstract(_result(0))), _result(1))
 
 
 def test_phase_parameters_load_onto_another_mesh(tmp_path):

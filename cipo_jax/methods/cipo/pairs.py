@@ -20,7 +20,7 @@ from cipo_jax.sampling.params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Rollout(Record):
-    """What the current model says to a forget question."""
+    """A completion of a forget question by the current model."""
 
     schema: ClassVar[str] = "rollout"
     stored_in: ClassVar[tuple[str, ...]] = ("iterations/NN/rollouts.jsonl",)
@@ -48,7 +48,7 @@ class Rollouts(StageResult):
 
     schema: ClassVar[str] = "rollouts"
 
-    stats: RolloutStats = field("what they give away")
+    stats: RolloutStats = field("their leak rates")
     rollouts: tuple[Rollout, ...] = rows("samples of a question stand together")
 
 
@@ -103,7 +103,7 @@ def pair_shape(run: Run) -> PadShape:
 
 
 def sample_rollouts(run: Run, policy: Weights, traces: Counterfactuals, iteration: int) -> Rollouts:
-    """Stage: what the model says to each forget question that has a counterfactual."""
+    """Stage: completions of each forget question that has a counterfactual."""
     chat, settings = run.workspace.model.chat, run.config.sampling
     job = SamplingJob(
         [Request(c.prompt_ids, c.item) for c in traces.accepted],
