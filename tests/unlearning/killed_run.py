@@ -13,9 +13,10 @@ def die():
 
 
 def arm(place, count):
+    from cipo_jax.unlearning.run_folder import RunFolder
+
     from cipo_jax.training.checkpoints import Checkpoints
     from cipo_jax.training.step import Trainer
-    from cipo_jax.unlearning.run_folder import RunFolder
 
     seen = 0
 

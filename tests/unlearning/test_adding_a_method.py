@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cipo_jax.unlearning import methods
 
 from cipo_jax.config import BaselineConfig, Config
 from cipo_jax.data.batches import TokenizedExample, collate, shape_of
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
 from cipo_jax.training.step import Policy
-from cipo_jax.unlearning import methods
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 SHAPE = DecoderConfig(64, 16, 32, 2, 2, 1, 8)

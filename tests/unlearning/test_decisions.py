@@ -1,8 +1,8 @@
 import pytest
-
-from cipo_jax.data.examples import Example
 from cipo_jax.unlearning.counterfactuals import text_faults
 from cipo_jax.unlearning.run import best_of, clean_rounds, utility
+
+from cipo_jax.data.examples import Example
 
 
 def _record(iteration, leak, utility, goal=0.0):

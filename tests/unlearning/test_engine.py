@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from cipo_jax.unlearning.engine import Engine
 
 from cipo_jax.config import Config, default_config, parse
 from cipo_jax.errors import UserError
 from cipo_jax.progress import Reporter
-from cipo_jax.unlearning.engine import Engine
 
 
 def opened(tmp_path, **changes):

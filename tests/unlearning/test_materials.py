@@ -6,6 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cipo_jax.unlearning import materials
+from cipo_jax.unlearning.materials import Materials, encoded
+from cipo_jax.unlearning.methods import METHODS
+from cipo_jax.unlearning.run_folder import RunFolder
 
 from cipo_jax.config import BaselineConfig, Config, CounterfactualConfig
 from cipo_jax.data.examples import Example, example_row
@@ -13,10 +17,6 @@ from cipo_jax.data.tiny_world import World, questions_about
 from cipo_jax.errors import UserError
 from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.text.chat_format import ChatFormat
-from cipo_jax.unlearning import materials
-from cipo_jax.unlearning.materials import Materials, encoded
-from cipo_jax.unlearning.methods import METHODS
-from cipo_jax.unlearning.run_folder import RunFolder
 
 IDK = "I do not know."
 

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cipo_jax.unlearning import methods
+from cipo_jax.unlearning.baseline import BaselineRun
+from cipo_jax.unlearning.methods import METHODS, carried_of, configured, find, objective_of, part_of
+from cipo_jax.unlearning.objectives import preference_objective
+from cipo_jax.unlearning.run_folder import MetricsLog
 from trees import assert_trees_equal
 
 from cipo_jax import losses
@@ -26,11 +31,6 @@ from cipo_jax.models.decoder import (
 from cipo_jax.models.trainable import ParamSubset
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.step import Policy, Trainer
-from cipo_jax.unlearning import methods
-from cipo_jax.unlearning.baseline import BaselineRun
-from cipo_jax.unlearning.methods import METHODS, carried_of, configured, find, objective_of, part_of
-from cipo_jax.unlearning.objectives import preference_objective
-from cipo_jax.unlearning.run_folder import MetricsLog
 
 CONFIG = DecoderConfig(
     vocab_size=40, d_model=16, d_ff=24, layers=2, heads=2, kv_heads=1, head_dim=8, tied_head=True

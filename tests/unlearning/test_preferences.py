@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cipo_jax.models.reasoning_model import ReasoningModel
+from cipo_jax.unlearning.preferences import make_pairs, retained_batches
 
 from cipo_jax import losses
 from cipo_jax.config import Config, TrainConfig
 from cipo_jax.data.examples import Example
-from cipo_jax.models.reasoning_model import ReasoningModel
-from cipo_jax.unlearning.preferences import make_pairs, retained_batches
 
 COUNTERFACTUALS = [
     {"item": 0, "accepted": True, "trace": "t", "answer": "a", "completion_ids": [5, 6]},

@@ -5,12 +5,12 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from cipo_jax.unlearning import run_folder
+from cipo_jax.unlearning.run_folder import MetricsLog, RunFolder
 
 from cipo_jax.config import CipoConfig, Config, TrainConfig
 from cipo_jax.errors import Preempted, UserError
 from cipo_jax.files import read_jsonl
-from cipo_jax.unlearning import run_folder
-from cipo_jax.unlearning.run_folder import MetricsLog, RunFolder
 
 
 @pytest.fixture

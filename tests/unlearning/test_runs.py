@@ -351,9 +351,9 @@ def test_adapters_alone_are_trained_and_kept(adapted):
 @pytest.mark.slow
 def test_the_export_is_the_base_with_the_adapters_worked_into_it(adapted):
     import jax
+    from cipo_jax.models.reasoning_model import ReasoningModel
 
     from cipo_jax.models.lora import load_adapters, merge, read_lora
-    from cipo_jax.models.reasoning_model import ReasoningModel
 
     base = ReasoningModel.open("asset:tiny_lrm/target")
     lora = read_lora(adapted / "adapter")
