@@ -1,4 +1,4 @@
-"""The scripts of examples/, and the snippets of the library in the pages, each in its own process."""
+"""The scripts of examples/ and the snippets of the library, each in a process of its own."""
 
 import json
 import math
