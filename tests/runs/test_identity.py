@@ -145,7 +145,7 @@ def test_every_config_has_a_fingerprint():
         (1j, "complex"),
         (b"abc", "bytes"),
     ],
-    ids=repr,
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
 @pytest.mark.parametrize("inside", [False, True])
 def test_any_other_value_has_none(value, name, inside):
