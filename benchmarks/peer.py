@@ -117,8 +117,8 @@ def timed(compiles, function, *arguments):
 def serve(make, about, answer):
     """Answers the lines of stdin, JSON each, until it ends.
 
-    `make()` opens the engine, which has `matmul` and `compiles`; `about(engine)` describes it once it
-    is open, and `answer(engine, asked)` answers a question. "matmul" stands for measuring the
+    `make()` opens the engine, which has `matmul` and `compiles`; `about(engine)` describes it once
+    it is open, and `answer(engine, asked)` answers a question. "matmul" stands for measuring the
     library's limit.
     """
     # Libraries print as well; what they print is not to be taken for an answer.
