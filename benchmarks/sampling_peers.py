@@ -192,12 +192,12 @@ def about(engine):
 def answer(engine, workload):
     prompts, lengths, samples = (workload[k] for k in ("prompts", "lengths", "samples"))
     give_back()
-    made, told = timed(engine.compiles, engine.run, prompts, lengths, samples)
+    made, report = timed(engine.compiles, engine.run, prompts, lengths, samples)
     wanted = [length for length in lengths for _ in range(samples)]
     if [len(row) for row in made] != wanted:
         raise RuntimeError("rows have other lengths than was asked for")
-    told["tokens"] = sum(wanted)
-    return told | ({"ids": made} if workload["ids"] else {})
+    report["tokens"] = sum(wanted)
+    return report | ({"ids": made} if workload["ids"] else {})
 
 
 if __name__ == "__main__":

@@ -228,10 +228,10 @@ def answer(engine, _):
     """One step, and what it took."""
     give_back()
     resident, faulted = status("VmRSS"), faults()
-    loss, told = timed(engine.compiles, engine.step)
-    told |= {"loss": loss, "resident": resident, "faults": faults() - faulted}
+    loss, report = timed(engine.compiles, engine.step)
+    report |= {"loss": loss, "resident": resident, "faults": faults() - faulted}
     give_back()
-    return told
+    return report
 
 
 def main():
