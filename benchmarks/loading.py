@@ -119,14 +119,13 @@ def child(library, dtype, folder):
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
 
-        from cipo_jax.models.hf_config import read_config
-        from cipo_jax.models.safetensors_load import load_params
+        from cipo_jax.models.pretrained import PretrainedFolder
 
-        config = read_config(folder)
+        model = PretrainedFolder.open(folder)
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(3))())
 
         def load():
-            return jax.tree.leaves(jax.block_until_ready(load_params(folder, config, dtype=dtype)))
+            return jax.tree.leaves(jax.block_until_ready(model.load_params(dtype=dtype)))
 
     else:
         import torch

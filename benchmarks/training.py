@@ -85,7 +85,7 @@ def make_job(vocabulary, arguments):
         "lr": 1e-6,  # TRL's default
         "b1": 0.9,
         "b2": 0.999,
-        "clip": 1.0,
+        "max_grad_norm": 1.0,
     }
 
 

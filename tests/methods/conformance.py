@@ -44,8 +44,9 @@ COMPUTE = Compute(remat="none", logits_chunk=7)  # The chunk divides nothing.
 LORA = LoraConfig(rank=2, alpha=4.0)
 WIDE, NARROW = PadShape(24, 16), PadShape(16, 12)
 ROWS = 8  # In two micro-batches each row of a mesh of 2 x 2 x 2 gets one.
-# The halves of a batch have as many tokens, so that a mean over tokens, too, is the mean of those of
-# its halves. Micro-batches, which take every second or fourth row, have not: their divisor matters.
+# The halves of a batch have equally many tokens, so that a mean over tokens, too, is the mean of
+# those of its halves. Micro-batches, which take every second or fourth row, have not: their divisor
+# matters.
 LENGTHS = (12, 1, 7, 5, 9, 2, 12, 2)
 
 # Sums of a few hundred float32 numbers in another order, relative to the largest of a gradient.

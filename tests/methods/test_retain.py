@@ -101,5 +101,4 @@ def test_means_over_tokens_leave_padding_out_and_can_share_a_divisor():
     values = jnp.where(rows.mask, jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.nan)
     assert float(losses.token_mean(values, rows.mask, rows.num_tokens)) == pytest.approx(3.0)
     shared = rows._replace(num_tokens=np.float32(4.5))
-    found = losses.token_mean(values, shared.mask, shared.num_tokens)
-    assert float(found) == pytest.approx(2.0)
+    assert float(losses.token_mean(values, shared.mask, shared.num_tokens)) == pytest.approx(2.0)
