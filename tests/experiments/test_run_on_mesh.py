@@ -58,5 +58,6 @@ def test_eight_devices_come_to_the_scores_and_parameters_of_one(tmp_path):
     for name, found in sharded.items():
         moved = np.linalg.norm(single[name] - start[name].astype(np.float32))
         apart = np.linalg.norm(found - single[name])
-        print(name, apart / moved, np.abs(found - single[name]).max())
-        assert apart < 0.02 * moved, name
+        # Sums in another order, which Adam's division by the gradient's size makes larger: up to
+        # 8e-5 of the way on two cores.
+        assert 0.0 < apart < 1e-3 * moved, name
