@@ -2,7 +2,7 @@
 
 from cipo_jax.commands.flags import parse_flags
 from cipo_jax.config import Config, PretrainConfig, flatten
-from cipo_jax.settings import to_literal
+from cipo_jax.settings_text import to_literal
 
 HELP = """Prints every setting as the config file, its argument and the overrides resolve it, a line
 each, as a config file sets it. A setting that differs from its default has the default in a

@@ -35,7 +35,7 @@ from cipo_jax.runs.measurement import IterationsOnly
 from cipo_jax.runs.memory import peak_memory_bytes, reset_peak_memory
 from cipo_jax.runs.results import StageResult
 from cipo_jax.runs.worker_pool import run_workers
-from cipo_jax.settings import to_literal
+from cipo_jax.settings_text import to_literal
 from cipo_jax.training.loop import Diverged
 
 _TRAINING = ("warmup", "rollouts", "pairs", "train")  # Stages that a method's seconds are of.
