@@ -11,8 +11,8 @@ from cipo_jax.runs.context import Run
 from cipo_jax.runs.weights import Weights
 from cipo_jax.shared_config import TrainConfig
 from cipo_jax.training.loop import Callbacks, Phase, train_phase
+from cipo_jax.training.objective import Batch, Objective
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Batch, Objective
 from cipo_jax.typing import Params
 
 

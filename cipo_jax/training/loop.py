@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from cipo_jax.training.checkpoints import Checkpoints
+from cipo_jax.training.objective import Batch
 from cipo_jax.training.optimizer import Schedule
-from cipo_jax.training.step import Batch, PhaseResult, TrainState, TrainStep
+from cipo_jax.training.step import PhaseResult, TrainState, TrainStep
 from cipo_jax.typing import Array, Params
 
 

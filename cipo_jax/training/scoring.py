@@ -18,7 +18,7 @@ from cipo_jax.data.batches import (
     fixed_batches,
 )
 from cipo_jax.training.mesh import batch_sharding, replicated
-from cipo_jax.training.step import Policy
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 
