@@ -194,12 +194,6 @@ class LanguageModel:
         """Log-probabilities and hidden states as functions of parameters, without dropout."""
         return Policy(self.config, self.compute)
 
-    @property
-    def training_policy(self) -> Policy:
-        """The policy with the dropout of the adapters."""
-        dropout = self.trainable.dropout if isinstance(self.trainable, Lora) else 0.0
-        return Policy(self.config, dataclasses.replace(self.compute, lora_dropout=dropout))
-
     def plan_sampler(
         self,
         max_batch_size: int,
@@ -304,7 +298,7 @@ class LanguageModel:
     ) -> TrainStep:
         """The update step of an objective: a hashable value, compiled once for equal values."""
         return TrainStep(
-            self.training_policy,
+            self.policy,
             objective,
             optimizer,
             self.mesh,

@@ -9,8 +9,8 @@ The letters are those of ``jax.nn.dot_product_attention``; einsums are spelled i
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 Params = Any  # A nested dict of arrays; layers are stacked on a leading L axis.
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params"]
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "UInt"]

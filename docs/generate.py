@@ -138,7 +138,7 @@ def _old_names(cls: Any) -> Iterable[list[str]]:
 RUN_FOLDER: tuple[tuple[str, str, type[Record] | None], ...] = (
     ("summary.json", "scores, seconds, peak memory and versions of a finished run", Summary),
     ("config.json", "every setting of the run; [config.md](config.md)", None),
-    ("stages.json", "the stages that have happened: function, inputs, seconds, small results", None),
+    ("stages.json", "the finished stages: function, inputs, seconds, small results", None),
     ("counterfactuals.jsonl", "a forget question a line, with its trace", Counterfactual),
     ("refusals.jsonl, alternates-N.jsonl", "the same, for other methods", Counterfactual),
     ("own.jsonl", "what the model says to the forget questions", OwnAnswer),
@@ -159,7 +159,7 @@ RUN_FOLDER: tuple[tuple[str, str, type[Record] | None], ...] = (
     ("comparison.json", "of `compare`: the whole table", ComparisonResult),
     ("comparison.md, comparison.png", "of `compare`: the table and the plot for people", None),
     ("runs/ROW/lr-LR-seed-SEED/", "of `compare`: the run folder of a trial", None),
-    ("materials/SETTINGS/STAGE/", "of `compare`: the run folder of a stage that trials share", None),
+    ("materials/SETTINGS/STAGE/", "of `compare`: the run folder of a shared stage", None),
     ("sequence.json", "of `sequential`: all requests", SequenceResult),
     ("request-NN/", "of `sequential`: the run folder of a request", None),
     ("request-NN/said.jsonl", "of `sequential`: clean answers that later requests retain",

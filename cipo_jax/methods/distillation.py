@@ -8,7 +8,7 @@ from cipo_jax import losses
 from cipo_jax.methods.base import register
 from cipo_jax.methods.fixed_target import FixedTarget, ImitateTarget
 from cipo_jax.methods.objective import ForgetLoss
-from cipo_jax.methods.retain import over_vocabulary, token_mean
+from cipo_jax.methods.retain import over_vocabulary
 from cipo_jax.methods.targets import CounterfactualTargets
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import RunConfig
@@ -39,7 +39,7 @@ class Undial(ForgetLoss):
         per_token = functools.partial(losses.undial_per_token, beta=self.beta)
         models = [params, context.reference]
         values = over_vocabulary(policy, models, rows, per_token, rows.completions)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/undial": loss}
 
 
@@ -53,7 +53,7 @@ class Ceu(ForgetLoss):
         del context
         rows = batch["forget"]
         values = over_vocabulary(policy, [params], rows, losses.ceu_per_token, rows.completions)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/ceu": loss}
 
 

@@ -6,7 +6,7 @@ from cipo_jax import losses
 from cipo_jax.methods.base import register
 from cipo_jax.methods.fixed_target import FixedTarget
 from cipo_jax.methods.objective import ConstrainedObjective, FixedTargetObjective, ForgetLoss
-from cipo_jax.methods.retain import over_vocabulary, token_mean
+from cipo_jax.methods.retain import over_vocabulary
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import RunConfig
 from cipo_jax.training.objective import Batch, Metrics, StepContext
@@ -32,7 +32,7 @@ class Flatness(ForgetLoss):
         del context
         rows = batch["forget"]
         values = over_vocabulary(policy, [params], rows, losses.flatness_per_token)
-        loss = token_mean(values, rows)
+        loss = losses.token_mean(values, rows.mask, rows.num_tokens)
         return loss, {"forget/flatness": loss}
 
 

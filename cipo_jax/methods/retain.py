@@ -96,7 +96,7 @@ class KlRetain(RetainTerm):
     ) -> Array:
         models = [params, context.reference]
         values = over_vocabulary(policy, models, rows, self.per_token())
-        return token_mean(values, rows)
+        return losses.token_mean(values, rows.mask, rows.num_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +153,3 @@ def over_vocabulary(
     """A function of next-token logits at each completion token, [B, C], a chunk at a time."""
     states = [(policy.completion_states(p, rows), policy.head(p)) for p in models]
     return losses.over_chunks(function, states, *per_token, chunk=policy.compute.logits_chunk)
-
-
-def token_mean(values: Array, rows: CompletionBatch) -> Array:
-    """Mean of values [B, C] over the completion tokens of the whole batch."""
-    count = jnp.maximum(jnp.sum(rows.mask), 1) if rows.num_tokens is None else rows.num_tokens
-    return jnp.sum(jnp.where(rows.mask, values, 0.0)) / count

@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import UInt
 
 from cipo_jax.sampling.state import IDLE, KEY_IMPL, Rows
-from cipo_jax.typing import Array, Bool, Int, Params
+from cipo_jax.typing import Array, Bool, Int, Params, UInt
 
 
 def put_groups(

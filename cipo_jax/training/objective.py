@@ -52,6 +52,7 @@ class Objective:
     ) -> tuple[Array, Metrics]:
         """The loss, a mean over rows or tokens, and a flat dict of scalars.
 
-        Means over tokens divide by `CompletionBatch.num_tokens` where it is set.
+        Means over tokens divide by `CompletionBatch.num_tokens` where it is set, means over
+        sequences by `num_sequences`.
         """
         raise NotImplementedError

@@ -1,13 +1,16 @@
+import jax
 import numpy as np
 import pytest
+from trees import assert_trees_equal
 
 from cipo_jax.data.batches import (
-    Shape,
+    CompletionBatch,
+    PadShape,
     TokenizedExample,
     bucket,
     collate,
+    collate_pairs,
     fixed_batches,
-    shape_of,
     shuffled_batches,
 )
 
@@ -20,35 +23,57 @@ def test_bucket_is_the_next_multiple():
 
 
 def test_shape_holds_every_row():
-    assert shape_of(ROWS) == Shape(16, 16)
-    assert shape_of(ROWS, 1) == Shape(5, 4)
-    assert shape_of(ROWS, 4) == Shape(8, 4)
+    assert PadShape.fitting(ROWS) == PadShape(16, 16)
+    assert PadShape.fitting(ROWS, 1) == PadShape(5, 4)
+    assert PadShape.fitting(ROWS, 4) == PadShape(8, 4)
     long = [TokenizedExample([1] * 20, [2]), TokenizedExample([1], [2] * 17)]
-    assert shape_of(long) == Shape(32, 32)
+    assert PadShape.fitting(long) == PadShape(32, 32)
 
 
 def test_collate_lays_out_prompt_completion_padding():
-    batch = collate(ROWS, Shape(6, 5))
+    batch = collate(ROWS, PadShape(6, 5))
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 0], [5, 1, 2, 3, 4, 0]]
     assert batch.completions.tolist() == [[8, 9, 0, 0, 0], [1, 2, 3, 4, 0]]
     assert batch.prompt_lengths.tolist() == [3, 1]
     assert batch.lengths.tolist() == [2, 4]
-    assert {array.dtype for array in batch} == {np.dtype(np.int32)}
+    assert {array.dtype for array in jax.tree.leaves(batch)} == {np.dtype(np.int32)}
 
 
 def test_collate_pads_with_the_id_that_it_is_given():
-    batch = collate(ROWS, Shape(6, 5), pad_id=63)
+    batch = collate(ROWS, PadShape(6, 5), pad_id=63)
     assert batch.tokens[:, -1].tolist() == [63, 63]
     assert batch.completions[0].tolist() == [8, 9, 63, 63, 63]
 
 
 def test_mask_goes_by_lengths_where_real_tokens_equal_the_pad_id():
     row = TokenizedExample([0, 5, 0], [0, 7, 0, 0])
-    batch = collate([row, ROWS[0]], Shape(8, 5), pad_id=0)
+    batch = collate([row, ROWS[0]], PadShape(8, 5), pad_id=0)
     assert batch.mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
 
 
-@pytest.mark.parametrize("shape", [Shape(4, 4), Shape(6, 3)])
+def test_pairs_lie_side_by_side_and_as_rows_one_after_the_other():
+    other = [TokenizedExample([5, 6, 7], [1]), TokenizedExample([5], [2, 3])]
+    shape = PadShape(6, 4)
+    pairs = collate_pairs(ROWS, other, shape)
+    assert pairs.tokens.shape == (2, 2, 6)
+    assert pairs.mask.shape == (2, 2, 4)
+    assert_trees_equal(pairs.side(0), collate(ROWS, shape))
+    assert_trees_equal(pairs.side(1), collate(other, shape))
+    rows = [row for pair in zip(ROWS, other, strict=True) for row in pair]
+    assert_trees_equal(pairs.flattened(), collate(rows, shape))
+    assert_trees_equal(pairs.flattened().mask, pairs.mask.reshape(4, 4))
+
+
+def test_sides_of_pairs_have_their_own_counts():
+    pairs = collate_pairs(ROWS, ROWS[::-1], PadShape(6, 4))._replace(
+        num_tokens=np.array([6.0, 5.0]), num_sequences=np.array([2.0, 1.5])
+    )
+    assert (pairs.side(1).num_tokens, pairs.side(1).num_sequences) == (5.0, 1.5)
+    assert (pairs.flattened().num_tokens, pairs.flattened().num_sequences) == (11.0, 3.5)
+    assert isinstance(pairs.side(0), CompletionBatch)
+
+
+@pytest.mark.parametrize("shape", [PadShape(4, 4), PadShape(6, 3)])
 def test_a_row_longer_than_the_shape_is_never_cut(shape):
     with pytest.raises(ValueError, match="broadcast"):
         collate(ROWS, shape)

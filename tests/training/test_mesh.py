@@ -7,6 +7,7 @@ from trees import assert_trees_equal
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig, abstract_params, decoding_layout
 from cipo_jax.training.mesh import (
+    _DECODING_RULES,
     AXES,
     batch_sharding,
     decoding_shardings,
@@ -167,6 +168,21 @@ def test_the_decoding_layout_is_checked_too():
     config = _config(kv_heads=1)
     with pytest.raises(UserError, match=r"config\.mesh\.tensor.*k/kernel"):
         decoding_shardings(_decoding_shapes(config), make_mesh(4, 1, 2))
+
+
+def test_decoding_rules_are_those_of_training_without_layers_axis_and_fsdp():
+    assert dict(_DECODING_RULES) == {
+        r"embed$": PartitionSpec("tensor", None),
+        r"head$": PartitionSpec(None, "tensor"),
+        r"layers/.*/[qkv]/kernel$": PartitionSpec(None, "tensor", None),
+        r"layers/.*/[qkv]/bias$": PartitionSpec("tensor", None),
+        r"layers/.*/o/kernel$": PartitionSpec("tensor", None, None),
+        r"layers/.*/(gate|up)/kernel$": PartitionSpec(None, "tensor"),
+        r"layers/.*/(gate|up)/bias$": PartitionSpec("tensor"),
+        r"layers/.*/down/kernel$": PartitionSpec("tensor", None),
+        r"layers/.*/(o|down)/bias$": PartitionSpec(),
+        r"scale$": PartitionSpec(),
+    }
 
 
 def test_a_parameter_without_a_rule_is_refused():

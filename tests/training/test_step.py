@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import compilations
+from objectives import FunctionObjective, TrainSettings, objective
 from trees import assert_trees_close, assert_trees_equal
 
-from cipo_jax.config import CipoConfig, TrainConfig
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax import losses
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate, collate_pairs
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
@@ -20,15 +22,14 @@ from cipo_jax.models.decoder import (
     hidden_states,
 )
 from cipo_jax.training.mesh import make_mesh
-from cipo_jax.training.optimizer import make_optimizer
-from cipo_jax.training.step import Policy, Trainer
-from cipo_jax.unlearning.objectives import preference_objective, warmup_objective
+from cipo_jax.training.optimizer import AdamW, Schedule
+from cipo_jax.training.step import Policy, StepContext, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True
 )
 COMPUTE = Compute(remat="names", logits_chunk=32)
-SHAPE = Shape(16, 12)
+SHAPE = PadShape(16, 12)
 PAIRS = 8
 
 
@@ -49,11 +50,6 @@ def _rows(rng, count, vocab=64):
     ]
 
 
-def _pairs(chosen, rejected, shape=SHAPE):
-    sides = [collate(side, shape) for side in (chosen, rejected)]
-    return jax.tree.map(lambda a, b: np.stack([a, b], axis=1), *sides)
-
-
 def _batch(step, kind="preference", pairs=PAIRS, kept=("retain", "reasoning")):
     rng = np.random.default_rng((5, step))
     if kind == "warmup":
@@ -61,7 +57,7 @@ def _batch(step, kind="preference", pairs=PAIRS, kept=("retain", "reasoning")):
         kept = [name for name in kept if name == "retain"]
     else:
         batch = {
-            "pairs": _pairs(_rows(rng, pairs), _rows(rng, pairs)),
+            "pairs": collate_pairs(_rows(rng, pairs), _rows(rng, pairs), SHAPE),
             "ref": rng.normal(-30.0, 5.0, (pairs, 2)).astype(np.float32),
         }
     return batch | {name: collate(_rows(rng, 4), SHAPE) for name in kept}
@@ -87,11 +83,6 @@ _PARAMS_ATOL = 2e-5
 _LOSS_RTOL = 1e-5
 
 
-def _objective(kind, **changes):
-    make = warmup_objective if kind == "warmup" else preference_objective
-    return make(CipoConfig(**changes))
-
-
 def _copy(tree):
     return jax.tree.map(np.array, tree)
 
@@ -104,21 +95,21 @@ def runs(request):
     """Three steps of one objective, on one device and on a 2 x 2 x 2 mesh."""
     found = {}
     for name in ("one", "mesh"):
-        trainer = Trainer(
-            Policy(CONFIG, COMPUTE), _objective(request.param), _SMOOTH, _mesh(name), ema_decay=0.9
+        step = TrainStep(
+            Policy(CONFIG, COMPUTE), objective(request.param), _SMOOTH, _mesh(name), ema_decay=0.9
         )
-        update = trainer.make_update()
-        state, states, metrics, donated = trainer.init(_params()), [], [], []
+        state, states, metrics, donated = step.init(_params()), [], [], []
         states.append(_copy(state))
-        for step in range(3):
-            old = jax.tree.leaves(state)
-            state, m = update(state, {}, trainer.put(_batch(step, request.param)))
-            donated.append([x.is_deleted() for x in old])
-            states.append(_copy(state))
-            metrics.append({k: float(v) for k, v in m.items()})
+        with compilations("_update") as compiled:
+            for i in range(3):
+                old = jax.tree.leaves(state)
+                state, m = step(state, step.put(_batch(i, request.param)))
+                donated.append([x.is_deleted() for x in old])
+                states.append(_copy(state))
+                metrics.append({k: float(v) for k, v in m.items()})
         found[name] = {
-            "trainer": trainer,
-            "update": update,
+            "step": step,
+            "compiled": compiled.number,
             "state": state,
             "states": states,
             "metrics": metrics,
@@ -136,20 +127,22 @@ def test_a_mesh_of_eight_computes_what_one_device_does(runs):
             assert a[name] == pytest.approx(b[name], rel=_LOSS_RTOL, abs=1e-4), name
         assert a["loss"] == pytest.approx(b["loss"], rel=_LOSS_RTOL)
     for name in ("params", "ema"):
-        assert_trees_close(mesh["states"][-1][name], one["states"][-1][name], atol=_PARAMS_ATOL)
+        assert_trees_close(
+            getattr(mesh["states"][-1], name), getattr(one["states"][-1], name), atol=_PARAMS_ATOL
+        )
 
 
 def test_three_steps_move_every_parameter_by_more_than_the_tolerance(runs):
-    first, last = runs["one"]["states"][0]["params"], runs["one"]["states"][-1]["params"]
+    first, last = runs["one"]["states"][0].params, runs["one"]["states"][-1].params
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first, last)
     assert min(jax.tree.leaves(moved)) > 20 * _PARAMS_ATOL
-    losses = [m["loss"] for m in runs["one"]["metrics"]]
-    assert len(set(losses)) == 3
+    values = [m["loss"] for m in runs["one"]["metrics"]]
+    assert len(set(values)) == 3
 
 
 @pytest.mark.parametrize("name", ["one", "mesh"])
 def test_the_update_compiles_once(runs, name):
-    assert runs[name]["update"]._cache_size() == 1
+    assert runs[name]["compiled"] == 1
 
 
 @pytest.mark.parametrize("name", ["one", "mesh"])
@@ -159,49 +152,50 @@ def test_the_state_is_donated(runs, name):
 
 @pytest.mark.parametrize("name", ["one", "mesh"])
 def test_the_state_keeps_the_shapes_and_shardings_it_was_promised(runs, name):
-    state, abstract = runs[name]["state"], runs[name]["trainer"].abstract_state()
+    state, abstract = runs[name]["state"], runs[name]["step"].abstract_state()
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for (path, x), a in zip(
         jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(abstract), strict=True
     ):
         where = jax.tree_util.keystr(path)
         assert (x.shape, x.dtype) == (a.shape, a.dtype), where
-        assert x.sharding.is_equivalent_to(a.sharding, x.ndim), where
+        # Equal and not only equivalent: another spelling would be another program for the next.
+        assert x.sharding == a.sharding, where
 
 
 def test_moments_are_cut_like_their_parameters(runs):
     def specs(tree):
         return jax.tree.map(lambda x: x.sharding.spec, tree)
 
-    abstract = runs["mesh"]["trainer"].abstract_state()
+    abstract = runs["mesh"]["step"].abstract_state()
     for moment in ("mu", "nu"):
-        moments = optax.tree.get(abstract["opt_state"], moment)
-        assert specs(moments) == specs(abstract["params"])
-    assert abstract["params"]["embed"].sharding.shard_shape((64, 32)) == (32, 16)
+        moments = optax.tree.get(abstract.opt_state, moment)
+        assert specs(moments) == specs(abstract.params)
+    assert abstract.params["embed"].sharding.shard_shape((64, 32)) == (32, 16)
 
 
 def test_the_moving_average_follows_the_parameters(runs):
     states = runs["one"]["states"]
     for before, after in itertools.pairwise(states):
-        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, before["ema"], after["params"])
+        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, before.ema, after.params)
         # One f32 rounding of numbers below 1.
-        assert_trees_close(after["ema"], expected, atol=1e-6)
-    moved = np.abs(states[-1]["ema"]["embed"] - states[0]["ema"]["embed"]).max()
+        assert_trees_close(after.ema, expected, atol=1e-6)
+    moved = np.abs(states[-1].ema["embed"] - states[0].ema["embed"]).max()
     assert moved > 1e-4
 
 
 def test_steps_are_counted(runs):
-    assert [int(s["step"]) for s in runs["mesh"]["states"]] == [0, 1, 2, 3]
+    assert [int(s.step) for s in runs["mesh"]["states"]] == [0, 1, 2, 3]
 
 
 def test_init_copies_and_starts_the_average_where_it_is_told():
-    trainer = Trainer(Policy(CONFIG, COMPUTE), _objective("warmup"), _SMOOTH, _one(), 1, 0.5)
+    step = TrainStep(Policy(CONFIG, COMPUTE), objective("warmup"), _SMOOTH, _one(), ema_decay=0.5)
     params, ema = jax.device_put(_params()), jax.device_put(_params(seed=1))
-    state = trainer.init(params, ema)
-    assert_trees_equal(state["params"], params)
-    assert_trees_equal(state["ema"], ema)
-    same = trainer.init(params)
-    assert_trees_equal(same["ema"], params)
+    state = step.init(params, ema=ema)
+    assert_trees_equal(state.params, params)
+    assert_trees_equal(state.ema, ema)
+    same = step.init(params)
+    assert_trees_equal(same.ema, params)
     jax.tree.map(lambda x: x.delete(), (state, same))
     # What was passed in outlives the states made of it.
     assert_trees_equal(params, _params())
@@ -209,27 +203,31 @@ def test_init_copies_and_starts_the_average_where_it_is_told():
 
 
 def test_the_real_optimizer_has_a_placed_and_donated_state_on_a_mesh():
-    trainer = Trainer(
+    settings = TrainSettings(weight_decay=0.1, max_grad_norm=1.0)
+    step = TrainStep(
         Policy(dataclasses.replace(CONFIG, qkv_bias=True, tied_head=False), COMPUTE),
-        lambda policy, params, batch: (
-            sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params)) * jnp.mean(batch["x"]),
-            {},
+        FunctionObjective(
+            lambda policy, params, batch: (
+                sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params)) * jnp.mean(batch["x"]),
+                {},
+            )
         ),
-        make_optimizer(TrainConfig(weight_decay=0.1, clip=1.0), 5),
+        AdamW.from_config(settings),
         make_mesh(2, 2, 2),
     )
-    update, abstract = trainer.make_update(), trainer.abstract_state()
-    state = trainer.init(_params(trainer.policy.config))
-    for _ in range(2):
-        old = state
-        state, _ = update(state, {}, trainer.put({"x": np.ones(8, np.float32)}))
-        assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    abstract = step.abstract_state()
+    state = step.init(_params(step.policy.config), schedule=Schedule.from_config(settings, 5))
+    with compilations("_update") as compiled:
+        for _ in range(2):
+            old = state
+            state, _ = step(state, step.put({"x": np.ones(8, np.float32)}))
+            assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert jax.tree.all(
         jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), state, abstract)
     )
-    assert update._cache_size() == 1
-    assert "ema" not in state
+    assert compiled.number == 1
+    assert state.ema is None
 
 
 # With plain gradient descent at a rate of 1 the change of the parameters is the gradient itself.
@@ -238,12 +236,17 @@ _DESCENT = optax.sgd(1.0)
 
 def _stepper(objective, accumulation=1, mesh=None):
     """Makes the function from a batch to gradient and metrics, which compiles once."""
-    trainer = Trainer(Policy(CONFIG, COMPUTE), objective, _DESCENT, mesh or _one(), accumulation)
-    update = trainer.make_update()
+    one = TrainStep(
+        Policy(CONFIG, COMPUTE),
+        objective,
+        _DESCENT,
+        mesh or _one(),
+        gradient_accumulation_steps=accumulation,
+    )
 
     def step(batch):
-        state, metrics = update(trainer.init(_params()), {}, trainer.put(batch))
-        gradient = jax.tree.map(lambda a, b: a - np.asarray(b), _params(), state["params"])
+        state, metrics = one(one.init(_params()), one.put(batch))
+        gradient = jax.tree.map(lambda a, b: a - np.asarray(b), _params(), state.params)
         return gradient, {k: float(v) for k, v in metrics.items()}
 
     return step
@@ -251,7 +254,7 @@ def _stepper(objective, accumulation=1, mesh=None):
 
 @pytest.fixture(scope="module")
 def step():
-    return _stepper(_objective("preference"))
+    return _stepper(objective("preference"))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def whole_step(step):
 
 @pytest.mark.parametrize(("accumulation", "mesh"), [(2, "mesh"), (4, "one")])
 def test_accumulation_changes_nothing(whole_step, accumulation, mesh):
-    step = _stepper(_objective("preference"), accumulation, _mesh(mesh))
+    step = _stepper(objective("preference"), accumulation, _mesh(mesh))
     gradient, metrics = step(_batch(0, kept=("retain",)))
     expected, expected_metrics = whole_step
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
@@ -273,22 +276,71 @@ def test_accumulation_changes_nothing(whole_step, accumulation, mesh):
         assert value == pytest.approx(expected_metrics[name], rel=1e-5, abs=1e-4), name
 
 
+def _ceu(policy, params, group):
+    models = [(policy.completion_states(params, group), policy.head(params))]
+    values = losses.over_chunks(losses.ceu_per_token, models, group.completions, chunk=32)
+    # Its gradients are small beside those of the others.
+    return 30.0 * losses.token_mean(values, group.mask, group.num_tokens)
+
+
+def _small_states(policy, params, group):
+    states = policy.layer_states(params, group, 1)
+    zeros = jnp.zeros_like(states)
+    return losses.hidden_match(states, zeros, group.mask, num_tokens=group.num_tokens)[0]
+
+
+def _of_logps(loss):
+    return lambda policy, params, group: loss(
+        policy.completion_logps(params, group), group.mask, group
+    )
+
+
+MEANS = {
+    "sequences": _of_logps(lambda x, m, g: losses.nll(x, m, num_sequences=g.num_sequences)[0]),
+    "tokens": _of_logps(lambda x, m, g: losses.nll(x, m, "token", num_tokens=g.num_tokens)[0]),
+    "ga": _of_logps(lambda x, m, g: 0.5 * losses.ga(x, m, num_tokens=g.num_tokens)[0]),
+    "ceu": _ceu,
+    "hidden_match": _small_states,
+}
+
+
+def test_accumulation_changes_no_mean_over_tokens_or_over_rows_that_have_some():
+    def means(policy, params, batch):
+        values = {name: mean(policy, params, batch["rows"]) for name, mean in MEANS.items()}
+        return sum(values.values()), values
+
+    rows = [
+        TokenizedExample([i, 7], list(range(i, i + length)))
+        for i, length in enumerate((12, 1, 9, 0, 5, 0, 11, 2))
+    ]
+    batch = {"rows": collate(rows, SHAPE)}
+    (whole, metrics), (parts, parts_metrics) = (
+        _stepper(FunctionObjective(means), n)(batch) for n in (1, 2)
+    )
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(whole))
+    assert largest > 0.1
+    # As in `test_accumulation_changes_nothing`.
+    assert_trees_close(parts, whole, atol=5e-6 * max(largest, 1.0))
+    for key in (*MEANS, "loss", "grad_norm"):
+        assert parts_metrics[key] == pytest.approx(metrics[key], rel=1e-5), key
+
+
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_micro_batches_take_every_row_once_and_leave_groups_aligned(accumulation):
-    def objective(policy, params, batch):
+    def apart(policy, params, batch):
         number = batch["pairs"].tokens[..., 0].astype(jnp.float32)
-        apart = jnp.abs(number - batch["ref"])
+        difference = jnp.abs(number - batch["ref"])
         return 0.0 * jnp.sum(params["final_norm"]["scale"]), {
-            "apart": jnp.mean(apart) + jnp.mean(jnp.abs(number[:, 0] - number[:, 1])),
+            "apart": jnp.mean(difference) + jnp.mean(jnp.abs(number[:, 0] - number[:, 1])),
             "first": jnp.mean(batch["ref"]),
             "second": jnp.mean(jnp.square(batch["ref"])),
         }
 
     rows = [TokenizedExample([i], [1]) for i in range(PAIRS)]
     numbers = np.arange(PAIRS, dtype=np.float32)
-    batch = {"pairs": _pairs(rows, rows), "ref": np.stack([numbers, numbers], axis=1)}
+    batch = {"pairs": collate_pairs(rows, rows, SHAPE), "ref": np.stack([numbers, numbers], axis=1)}
     for mesh in (_one(), make_mesh(2, 2, 2)):
-        _, metrics = _stepper(objective, accumulation, mesh)(batch)
+        _, metrics = _stepper(FunctionObjective(apart), accumulation, mesh)(batch)
         assert metrics["apart"] == 0.0
         assert metrics["first"] == pytest.approx(numbers.mean())
         assert metrics["second"] == pytest.approx(np.square(numbers).mean())
@@ -296,7 +348,7 @@ def test_micro_batches_take_every_row_once_and_leave_groups_aligned(accumulation
 
 def _value(objective, batch):
     """Loss and metrics alone, which compile in a fraction of the time."""
-    evaluate = jax.jit(lambda p, b: objective(Policy(CONFIG, COMPUTE), p, b))
+    evaluate = jax.jit(lambda p, b: objective(Policy(CONFIG, COMPUTE), p, b, StepContext()))
     loss, metrics = evaluate(_params(), batch)
     return {"loss": float(loss)} | {k: float(v) for k, v in metrics.items()}
 
@@ -314,7 +366,7 @@ def _logps(params, sequences, config=CONFIG):
 def test_the_loss_is_the_weighted_sum_of_its_parts(kept):
     weights = {"nll_weight": 0.3, "retain_weight": 0.7, "beta": 0.2}
     batch = _batch(0, kept=kept)
-    metrics = _value(_objective("preference", **weights), batch)
+    metrics = _value(objective("preference", **weights), batch)
     retained = [metrics[f"nll/{name}"] for name in kept]
     expected = metrics["preference"] + 0.3 * metrics["nll/chosen"]
     expected += 0.7 * sum(retained) / max(len(retained), 1)
@@ -341,7 +393,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(kept):
 
 
 def test_warmup_without_a_retain_group_is_plain_nll():
-    metrics = _value(_objective("warmup"), _batch(0, "warmup", kept=()))
+    metrics = _value(objective("warmup"), _batch(0, "warmup", kept=()))
     assert metrics["loss"] == pytest.approx(metrics["nll/chosen"])
     assert set(metrics) == {"loss", "nll/chosen"}
 
@@ -361,14 +413,13 @@ def test_a_policy_equal_to_its_reference_has_a_loss_of_ln_2(step):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_identical_pairs_have_no_preference_gradient(loss):
-    objective = _objective("preference", loss=loss, nll_weight=0.0, retain_weight=0.0)
-    trainer = Trainer(Policy(CONFIG, COMPUTE), objective, _DESCENT, _one())
-    update = trainer.make_update()
+    plain = objective("preference", loss=loss, nll_weight=0.0, retain_weight=0.0)
+    step = TrainStep(Policy(CONFIG, COMPUTE), plain, _DESCENT, _one())
 
     def norm(batch):
         if loss == "simpo":
             batch.pop("ref")
-        _, metrics = update(trainer.init(_params()), {}, trainer.put(batch))
+        _, metrics = step(step.init(_params()), step.put(batch))
         return float(metrics["grad_norm"])
 
     batch = _batch(0, kept=())
@@ -425,7 +476,7 @@ def test_what_padding_holds_has_no_influence_at_all():
 
 def test_how_much_padding_there_is_has_no_influence():
     rows = _rows(np.random.default_rng(8), 9)
-    tight, wide = collate(rows, SHAPE), collate(rows, Shape(40, 30))
+    tight, wide = collate(rows, SHAPE), collate(rows, PadShape(40, 30))
     # Other sizes are other programs, which sum in another order.
     np.testing.assert_allclose(
         _real(_logps(_params(), tight), tight),
@@ -464,21 +515,20 @@ def test_logits_of_all_tokens_never_exist_in_an_update(real_compilation):
     def rows(count):
         return [TokenizedExample([1], rng.integers(0, vocab, total - 1)) for _ in range(count)]
 
-    shape = Shape(total, total - 1)
+    shape = PadShape(total, total - 1)
     batch = {
-        "pairs": _pairs(rows(pairs), rows(pairs), shape),
+        "pairs": collate_pairs(rows(pairs), rows(pairs), shape),
         "ref": np.zeros((pairs, 2), np.float32),
     }
 
     def temporary(chunk):
-        trainer = Trainer(
+        step = TrainStep(
             Policy(config, Compute(remat="names", logits_chunk=chunk)),
-            _objective("preference"),
-            make_optimizer(TrainConfig(), 10),
+            objective("preference"),
+            AdamW(lr_schedule="linear"),
             _one(),
         )
-        lowered = trainer.make_update().lower(trainer.abstract_state(), {}, batch)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        return step.lower(batch).compile().memory_analysis().temp_size_in_bytes
 
     everything = 2 * pairs * total * vocab * 4
     # Most of what is left is gradients of the embeddings, [V, D] each.
