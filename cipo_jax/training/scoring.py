@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -85,7 +84,7 @@ class Scorer:
         return found
 
 
-def _replicate(mesh: Mesh, x: Any) -> Any:
+def _replicate(mesh: Mesh, x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 

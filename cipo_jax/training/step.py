@@ -11,7 +11,7 @@ or part of the state.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from cipo_jax.data.batches import CompletionBatch
 from cipo_jax.models.decoder import abstract_params
@@ -30,6 +30,8 @@ from cipo_jax.training.objective import Batch, Metrics, Objective, StepContext
 from cipo_jax.training.optimizer import AdamW, Optimizer, Schedule
 from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
+
+_Gradients = tuple[Params, Metrics]
 
 
 @struct.dataclass
@@ -112,7 +114,7 @@ class TrainStep:
         """Shapes, dtypes and shardings of the state, without making it."""
         params, everywhere = self.abstract_trainable(), replicated(self.mesh)
 
-        def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        def place(x: Array | jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         opt_state = optax.tree_map_params(
@@ -141,7 +143,7 @@ class TrainStep:
         *,
         ema: Params = None,
         schedule: Schedule | None = None,
-        aux_state: Mapping[str, Any] | None = None,
+        aux_state: Mapping[str, Array | float] | None = None,
         donate: bool = False,
     ) -> TrainState:
         """A fresh state around parameters.
@@ -219,7 +221,7 @@ class TrainStep:
         state, extras = self.abstract_state(), self._extras(frozen, jax.random.key(0))
         return self._jitted(state).lower(self, state, batch, *extras)
 
-    def _jitted(self, state: TrainState) -> Any:
+    def _jitted(self, state: TrainState) -> jax.stages.Wrapped:
         """The jitted update, whose state keeps its shardings.
 
         A new wrapper at each call is cheap (0.1 ms): jax keeps the programs by function, static
@@ -241,7 +243,7 @@ class TrainStep:
         return frozen if self.needs_frozen else None, key if self.dropout else None
 
 
-def _shardings(tree: Any) -> Any:
+def _shardings(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
@@ -250,7 +252,7 @@ def _make_state(
     params: Params,
     ema: Params,
     schedule: Schedule | None,
-    aux_state: Mapping[str, Any],
+    aux_state: Mapping[str, Array],
 ) -> TrainState:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     if isinstance(step.optimizer, AdamW):
@@ -306,13 +308,15 @@ def _update(
     return new, metrics
 
 
-def _accumulated(grad: Any, trained: Params, batch: Batch, n: int) -> tuple[Params, Metrics]:
+def _accumulated(
+    grad: Callable[[Params, Batch], _Gradients], trained: Params, batch: Batch, n: int
+) -> tuple[Params, Metrics]:
     """Mean gradient and metrics over n micro-batches."""
     if n == 1:
         return grad(trained, batch)
     micro = _micro_batches(batch, n)
 
-    def body(total: Any, rows: Batch) -> tuple[Any, None]:
+    def body(total: _Gradients, rows: Batch) -> tuple[_Gradients, None]:
         return jax.tree.map(lambda a, b: a + b / n, total, grad(trained, rows)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
@@ -331,7 +335,7 @@ def _micro_batches(batch: Batch, n: int) -> Batch:
         count = jnp.maximum(count, 1).astype(jnp.float32) / n
         return jnp.broadcast_to(count, (n, *count.shape))
 
-    def split(group: Any) -> Any:
+    def split(group: CompletionBatch | Array) -> CompletionBatch | Array:
         if not isinstance(group, CompletionBatch):
             return cut(group)
         num_tokens = jnp.sum(group.lengths, axis=0)
