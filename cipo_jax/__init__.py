@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from cipo_jax.sampling.params import SamplingParams
     from cipo_jax.sampling.sampler import Sampler
     from cipo_jax.training.mesh import make_mesh
+    from cipo_jax.training.objective import Objective
     from cipo_jax.training.optimizer import AdamW, Schedule
-    from cipo_jax.training.step import Objective, TrainStep
+    from cipo_jax.training.step import TrainStep
 
 __version__ = "0.1.0"
 
@@ -49,7 +50,7 @@ _MODULES = {
     "Config": "config",
     "LanguageModel": "language_model",
     "Lora": "models.lora",
-    "Objective": "training.step",
+    "Objective": "training.objective",
     "PreferenceObjective": "methods.cipo.objective",
     "Request": "sampling.job",
     "Sampler": "sampling.sampler",

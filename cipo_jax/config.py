@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from cipo_jax import legacy
+from cipo_jax.config_dict import to_config_dict
 from cipo_jax.errors import UserError
 from cipo_jax.methods.cipo.config import CipoConfig
 from cipo_jax.methods.distillation import DistillationConfig
@@ -28,11 +29,11 @@ from cipo_jax.settings import (
     group,
     nearest,
     parse,
-    parse_arg,
+    required_setting,
     setting,
-    to_config_dict,
     with_changes,
 )
+from cipo_jax.settings_text import parse_arg
 from cipo_jax.shared_config import (
     CounterfactualConfig,
     DataConfig,
@@ -90,31 +91,29 @@ __all__ = [
     "with_changes",
 ]
 
-_REQUIRED = dataclasses.MISSING
-
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A row of a comparison that differs from the others in some settings."""
 
-    name: str = setting(_REQUIRED, "name of the row")
-    changes: Changes = setting(_REQUIRED, 'settings of the row; "method" names its method')
+    name: str = required_setting("name of the row")
+    changes: Changes = required_setting('settings of the row; "method" names its method')
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOverrides:
     """Settings of some rows of a comparison."""
 
-    rows: tuple[str, ...] = setting(_REQUIRED, "names of rows")
-    changes: Changes = setting(_REQUIRED, "their settings")
+    rows: tuple[str, ...] = required_setting("names of rows")
+    changes: Changes = required_setting("their settings")
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLrs:
     """Learning rates of some rows of a comparison."""
 
-    rows: tuple[str, ...] = setting(_REQUIRED, "names of rows")
-    lrs: tuple[float, ...] = setting(_REQUIRED, "their learning rates", above=0.0)
+    rows: tuple[str, ...] = required_setting("names of rows")
+    lrs: tuple[float, ...] = required_setting("their learning rates", above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

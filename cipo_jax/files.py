@@ -5,9 +5,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+
+from cipo_jax.typing import Json
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
@@ -59,18 +60,18 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Indented JSON with one newline at the end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes JSON Lines atomically."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     atomic_write_text(path, text)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path) -> list[dict[str, Json]]:
     """Reads what `write_jsonl` wrote."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]

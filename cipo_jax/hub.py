@@ -4,9 +4,9 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from cipo_jax.errors import UserError
+from cipo_jax.typing import Tokenizer
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Neither pickled files nor weights in a second layout are downloaded.
@@ -56,7 +56,7 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder; custom code in the folder is never run.
 
     Raises:

@@ -37,9 +37,11 @@ from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.shared_config import LoraConfig, ModelConfig, ThinkConfig
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
+from cipo_jax.training.objective import Batch, Objective
 from cipo_jax.training.optimizer import Optimizer
+from cipo_jax.training.policy import Policy
 from cipo_jax.training.scoring import Scorer
-from cipo_jax.training.step import Batch, Objective, Policy, TrainStep
+from cipo_jax.training.step import TrainStep
 from cipo_jax.typing import Array, Params
 
 Dtype = Literal["float32", "bfloat16"]

@@ -7,12 +7,11 @@ new settings and their values.
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from cipo_jax.errors import UserError
 from cipo_jax.settings import Legacy, translated
 
-Convert = Callable[[Any], dict[str, Any]]
+Convert = Callable[[object], dict[str, object]]
 
 
 def _renamed(*keys: str) -> Convert:
@@ -22,20 +21,26 @@ def _renamed(*keys: str) -> Convert:
 def _zero_was_default(*keys: str, required: tuple[str, ...] = ()) -> Convert:
     """0 stood for the method's default, which is None now, or the default of `required` keys."""
 
-    def convert(value: Any) -> dict[str, Any]:
-        try:
-            zero = not isinstance(value, bool) and float(value) == 0.0
-        except (TypeError, ValueError):
-            zero = False
-        return dict.fromkeys(keys) if zero else dict.fromkeys((*keys, *required), value)
+    def convert(value: object) -> dict[str, object]:
+        names, new = (keys, None) if _is_zero(value) else ((*keys, *required), value)
+        return dict.fromkeys(names, new)
 
     return convert
 
 
-def _names(key: str, *, empty: Any = (), everything: str = "") -> Convert:
+def _is_zero(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return False
+    try:
+        return float(value) == 0.0
+    except ValueError:
+        return False
+
+
+def _names(key: str, *, empty: object = (), everything: str = "") -> Convert:
     """A comma-separated text became a tuple; the word `everything` is () now."""
 
-    def convert(value: Any) -> dict[str, Any]:
+    def convert(value: object) -> dict[str, object]:
         if isinstance(value, str):
             value = tuple(_pieces(value, ",")) or empty
         return {key: () if everything and value == (everything,) else value}
@@ -47,7 +52,7 @@ def _pieces(text: str, separator: str) -> Iterator[str]:
     return (piece.strip() for piece in text.split(separator) if piece.strip())
 
 
-def _layers(value: Any) -> dict[str, Any]:
+def _layers(value: object) -> dict[str, object]:
     """Text of layer indices and ranges, "5-7" or "0,3", both ends included."""
     if isinstance(value, str):
         found: set[int] = set()
@@ -60,11 +65,11 @@ def _layers(value: Any) -> dict[str, Any]:
     return {"representation.layers": value}
 
 
-def _retain(value: Any) -> dict[str, Any]:
+def _retain(value: object) -> dict[str, object]:
     return {"fixed_target.retain": None if value == "own" else value}
 
 
-def _variants(value: Any) -> dict[str, Any]:
+def _variants(value: object) -> dict[str, object]:
     """Lines "name: key=value, key=value" became rows (name, {key: value})."""
     key = "compare.variants"
     if isinstance(value, str):
@@ -72,7 +77,7 @@ def _variants(value: Any) -> dict[str, Any]:
     return {key: _new_changes(value)}
 
 
-def _overrides(value: Any) -> dict[str, Any]:
+def _overrides(value: object) -> dict[str, object]:
     """Lines "row, row: key=value" became rows ((row, row), {key: value})."""
     if isinstance(value, str):
         rows = (_text_row(line, "compare.own", "row, row") for line in _pieces(value, "\n"))
@@ -80,7 +85,7 @@ def _overrides(value: Any) -> dict[str, Any]:
     return {"compare.overrides": _new_changes(value)}
 
 
-def _text_row(line: str, key: str, form: str) -> tuple[str, dict[str, Any]]:
+def _text_row(line: str, key: str, form: str) -> tuple[str, dict[str, object]]:
     name, colon, rest = line.partition(":")
     pairs = [pair.split("=", 1) for pair in _pieces(rest, ",")]
     if not colon or any(len(pair) != 2 for pair in pairs):
@@ -88,28 +93,28 @@ def _text_row(line: str, key: str, form: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), {key.strip(): _value(text.strip()) for key, text in pairs}
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _new_changes(rows: Any) -> Any:
+def _new_changes(rows: object) -> object:
     """Rows with today's keys in their changes; anything else is returned as it is."""
     if not isinstance(rows, (tuple, list)):
         return rows
     return type(rows)(_new_row(row) for row in rows)
 
 
-def _new_row(row: Any) -> Any:
+def _new_row(row: object) -> object:
     if not (isinstance(row, (tuple, list)) and len(row) == 2 and isinstance(row[1], dict)):
         return row
     changes = translated(row[1], LEGACY)
     return row if changes == row[1] else (row[0], changes)
 
 
-def _lrs(value: Any) -> dict[str, Any]:
+def _lrs(value: object) -> dict[str, object]:
     """Text "1e-4, 1e-3; row, row: 1e-2" became a tuple of rates and rows of their own."""
     if not isinstance(value, str):
         return {"compare.lrs": value}

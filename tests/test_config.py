@@ -24,7 +24,8 @@ from cipo_jax.config import (
 )
 from cipo_jax.errors import UserError
 from cipo_jax.legacy import LEGACY
-from cipo_jax.settings import RenamedSetting, find_setting, from_text, to_literal
+from cipo_jax.settings import RenamedSetting, find_setting
+from cipo_jax.settings_text import from_text, to_literal
 
 
 def _nested(key, value):

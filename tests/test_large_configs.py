@@ -21,7 +21,8 @@ from cipo_jax.models.pretrained import compute_from_config
 from cipo_jax.sampling.params import SamplingParams
 from cipo_jax.training.mesh import decoding_shardings, make_mesh
 from cipo_jax.training.optimizer import AdamW
-from cipo_jax.training.step import Policy, TrainStep
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import TrainStep
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_8B = {

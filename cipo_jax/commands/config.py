@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from cipo_jax.commands.flags import exit_for_help, parse_flags
-from cipo_jax.settings import flatten, to_literal
+from cipo_jax.settings import flatten
+from cipo_jax.settings_text import to_literal
 
 if TYPE_CHECKING:
     from cipo_jax.config import Config, PretrainConfig

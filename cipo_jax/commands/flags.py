@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -17,29 +17,31 @@ from cipo_jax.settings import (
     RenamedSetting,
     find_setting,
     flatten,
-    from_text,
     legacy_of,
     parse,
     translated,
     unflatten,
 )
+from cipo_jax.settings_text import from_text
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from cipo_jax.config import Config
 
-T = TypeVar("T")
+C = TypeVar("C", bound="DataclassInstance")
 _OVERRIDES = ("--config.", "-config.", "--noconfig.", "-noconfig.")
 
 
 def parse_flags(
-    cls: type[T] | Sequence[type[T]],
+    cls: type[C] | Sequence[type[C]],
     command: str,
     argv: Sequence[str],
     help_text: str,
     *,
     strings: dict[str, str] | None = None,
     needs: Sequence[str] = ("config",),
-) -> tuple[T, Any]:
+) -> tuple[C, flags.FlagValues]:
     """Reads ``--config=FILE[:ARG]``, its overrides and a command's own string flags.
 
     Args:
@@ -137,7 +139,7 @@ def _is_bool(cls: type, key: str) -> bool:
         return False
 
 
-def _resolved(classes: Sequence[type[T]], path: str, overrides: Sequence[tuple[str, str]]) -> T:
+def _resolved(classes: Sequence[type[C]], path: str, overrides: Sequence[tuple[str, str]]) -> C:
     """The config file's values with those of the command line in their place."""
     settings = flatten(load_config(path))
     cls = next((c for c in classes if settings.keys() <= flatten(c()).keys()), classes[0])
@@ -147,12 +149,12 @@ def _resolved(classes: Sequence[type[T]], path: str, overrides: Sequence[tuple[s
     return parse(cls, unflatten(settings))
 
 
-def _override(cls: type, key: str, text: str) -> dict[str, Any]:
+def _override(cls: type, key: str, text: str) -> dict[str, object]:
     """The settings that ``--config.key=text`` changes; an old key may stand for several."""
     legacy = legacy_of(cls)
     if key not in legacy:
         return {key: _value(cls, key, text)}
-    value: Any = text
+    value: object = text
     # An old way to write the value of a key that there still is cannot always be read as today's.
     with contextlib.suppress(UserError):
         value = _value(cls, key, text)
@@ -160,7 +162,7 @@ def _override(cls: type, key: str, text: str) -> dict[str, Any]:
     return {k: _value(cls, k, v) if isinstance(v, str) else v for k, v in new.items()}
 
 
-def _value(cls: type, key: str, text: str) -> Any:
+def _value(cls: type, key: str, text: str) -> object:
     hint, _ = find_setting(cls, key)
     try:
         return from_text(hint, text)
@@ -216,9 +218,16 @@ def _warnings_of_one_line() -> Iterator[None]:
         warnings.simplefilter("always", RenamedSetting)
         others = warnings.showwarning
 
-        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if not issubclass(category, RenamedSetting):
-                others(message, category, *where, **more)
+                others(message, category, filename, lineno, file, line)
             elif str(message) not in printed:
                 printed.add(str(message))
                 print(f"cipo: warning: {message}", file=sys.stderr)
@@ -244,9 +253,9 @@ def run_with_folder(
     from cipo_jax.training.loop import Diverged
 
     needs = ("config", "workdir")
-    config, flags = parse_flags(Config, command, argv, help_text, strings=strings, needs=needs)
+    config, values = parse_flags(Config, command, argv, help_text, strings=strings, needs=needs)
     try:
-        work(config, flags.workdir)
+        work(config, values.workdir)
     except Diverged as error:
         print(f"cipo: {error}", file=sys.stderr)
         return EXIT_DIVERGED

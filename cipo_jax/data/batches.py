@@ -1,10 +1,12 @@
 """Token ids to fixed-shape batches, in an order that is a pure function of (seed, step)."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
+
+T = TypeVar("T")
 
 
 class TokenizedExample(NamedTuple):
@@ -116,7 +118,7 @@ def shuffled_batches(rows: int, batch_size: int, seed: int) -> Callable[[int], n
     return lambda step: np.asarray(stream[step])
 
 
-def fixed_batches(items: Sequence[Any], size: int) -> Iterator[tuple[list[Any], int]]:
+def fixed_batches(items: Sequence[T], size: int) -> Iterator[tuple[list[T], int]]:
     """Batches of one size, each with its number of items; repeats of the last item fill it up."""
     for at in range(0, len(items), size):
         part = list(items[at : at + size])

@@ -10,9 +10,15 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
-Codec = Callable[[Any], Any]
+from cipo_jax.typing import Json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Decoder = Callable[[object], object]  # From an unchecked JSON value.
+Encoder = Callable[[Any], Json]  # From a value of the right type.
 
 
 class Mismatch(Exception):
@@ -32,7 +38,7 @@ class Mismatch(Exception):
         return Mismatch(self.problem, step + self.path)
 
 
-def unexpected(wanted: str, value: Any) -> Mismatch:
+def unexpected(wanted: str, value: object) -> Mismatch:
     """The error for a value of another type than the wanted one."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     shown = text if len(text) <= 40 else f"{text[:40]}..."
@@ -40,19 +46,21 @@ def unexpected(wanted: str, value: Any) -> Mismatch:
 
 
 @functools.cache
-def fields_of(cls: Any) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
+def fields_of(
+    cls: "type[DataclassInstance]",
+) -> tuple[tuple[dataclasses.Field[object], object], ...]:
     """(field, its resolved type) of a dataclass, in order."""
     hints = typing.get_type_hints(cls)
     return tuple((f, hints[f.name]) for f in dataclasses.fields(cls))
 
 
-def union_members(kind: Any) -> tuple[Any, ...]:
+def union_members(kind: object) -> tuple[object, ...]:
     """The members of a union type; () for other types."""
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else ()
 
 
 # Exact types: a boolean is no integer here.
-_SCALARS: dict[Any, tuple[str, frozenset[type]]] = {
+_SCALARS: dict[object, tuple[str, frozenset[type]]] = {
     str: ("a string", frozenset((str,))),
     int: ("an integer", frozenset((int,))),
     float: ("a number", frozenset((float, int))),
@@ -62,7 +70,7 @@ _SCALARS: dict[Any, tuple[str, frozenset[type]]] = {
 
 
 @functools.cache
-def decoder(kind: Any) -> Codec:
+def decoder(kind: object) -> Decoder:
     """The function from a JSON value to a value of a type; it raises Mismatch.
 
     Raises:
@@ -70,7 +78,7 @@ def decoder(kind: Any) -> Codec:
     """
     if kind in _SCALARS:
         return _scalar_decoder(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _object_decoder(kind)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -84,25 +92,25 @@ def decoder(kind: Any) -> Codec:
     raise TypeError(f"records cannot have fields of type {kind}")
 
 
-def _scalar_decoder(kind: Any) -> Codec:
+def _scalar_decoder(kind: object) -> Decoder:
     wanted, accepted = _SCALARS[kind]
 
-    def decode(value: Any) -> Any:
+    def decode(value: object) -> object:
         if type(value) not in accepted:
             raise unexpected(wanted, value)
-        return float(value) if kind is float else value
+        return float(value) if kind is float and isinstance(value, int) else value
 
     return decode
 
 
-def _object_decoder(cls: Any) -> Codec:
+def _object_decoder(cls: "type[DataclassInstance]") -> Decoder:
     decoders = {f.name: decoder(kind) for f, kind in fields_of(cls)}
     missing = dataclasses.MISSING
     required = [
         f.name for f, _ in fields_of(cls) if f.default is missing and f.default_factory is missing
     ]
 
-    def decode(value: Any) -> Any:
+    def decode(value: object) -> object:
         if not isinstance(value, dict):
             raise unexpected("an object", value)
         for name in required:
@@ -123,18 +131,18 @@ def _object_decoder(cls: Any) -> Codec:
     return decode
 
 
-def _decode_literal(members: tuple[Any, ...], value: Any) -> Any:
+def _decode_literal(members: tuple[object, ...], value: object) -> object:
     for member in members:
         if type(value) is type(member) and value == member:
             return member
     raise unexpected(" or ".join(json.dumps(m) for m in members), value)
 
 
-def _union_decoder(members: tuple[Any, ...]) -> Codec:
+def _union_decoder(members: tuple[object, ...]) -> Decoder:
     optional = types.NoneType in members
     decoders = [decoder(member) for member in members if member is not types.NoneType]
 
-    def decode(value: Any) -> Any:
+    def decode(value: object) -> object:
         if value is None and optional:
             return None
         for decode_member in decoders[:-1]:
@@ -147,14 +155,14 @@ def _union_decoder(members: tuple[Any, ...]) -> Codec:
     return decode
 
 
-def _tuple_decoder(args: tuple[Any, ...]) -> Codec:
+def _tuple_decoder(args: tuple[object, ...]) -> Decoder:
     many = len(args) == 2 and args[1] is Ellipsis
     kind = args[0] if many else None
     same, decoders = decoder(args[0]), [] if many else [decoder(arg) for arg in args]
     # Lists of token ids are long: check the set of their types, not each item.
     plain = _SCALARS[kind][1] if many and kind in _SCALARS and kind is not float else None
 
-    def decode(value: Any) -> Any:
+    def decode(value: object) -> object:
         if not isinstance(value, list):
             raise unexpected("a list", value)
         if plain is not None and plain.issuperset(map(type, value)):
@@ -170,13 +178,13 @@ def _tuple_decoder(args: tuple[Any, ...]) -> Codec:
     return decode
 
 
-def _decode_dict(decode_value: Codec, value: Any) -> dict[str, Any]:
+def _decode_dict(decode_value: Decoder, value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise unexpected("an object", value)
     return {name: _decode_item(f".{name}", decode_value, item) for name, item in value.items()}
 
 
-def _decode_item(step: str, decode: Codec, item: Any) -> Any:
+def _decode_item(step: str, decode: Decoder, item: object) -> object:
     try:
         return decode(item)
     except Mismatch as error:
@@ -184,9 +192,9 @@ def _decode_item(step: str, decode: Codec, item: Any) -> Any:
 
 
 @functools.cache
-def encoder(kind: Any) -> Codec:
+def encoder(kind: object) -> Encoder:
     """The function from a value of a type to its JSON value."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         encoders = [(f.name, encoder(hint)) for f, hint in fields_of(kind)]
         return lambda value: {name: encode(getattr(value, name)) for name, encode in encoders}
     if members := union_members(kind):
@@ -204,11 +212,11 @@ def encoder(kind: Any) -> Codec:
     return _unchanged
 
 
-def _unchanged(value: Any) -> Any:
+def _unchanged(value: Any) -> Json:
     return value
 
 
-def _union_encoder(members: Iterable[Any]) -> Codec:
+def _union_encoder(members: Iterable[object]) -> Encoder:
     others = [member for member in members if encoder(member) is not _unchanged]
     if not others:
         return _unchanged
@@ -216,4 +224,5 @@ def _union_encoder(members: Iterable[Any]) -> Codec:
         raise TypeError("a union may have one member that is not a plain JSON value")
     encode = encoder(others[0])
     outer = typing.get_origin(others[0]) or others[0]
+    assert isinstance(outer, type)
     return lambda value: encode(value) if isinstance(value, outer) else value

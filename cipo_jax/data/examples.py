@@ -1,7 +1,6 @@
 """`Example`: the schema of data files."""
 
 import dataclasses
-from typing import Any
 
 from cipo_jax.data.records import field
 
@@ -32,7 +31,7 @@ class Example:
         return tuple(dict.fromkeys((self.answer, *self.aliases, *self.facts)))
 
 
-def example_row(example: Example) -> dict[str, Any]:
+def example_row(example: Example) -> dict[str, object]:
     """The JSON object of an example, without the fields that are at their default."""
     defaults = {f.name: f.default for f in dataclasses.fields(Example)}
     row = {name: getattr(example, name) for name in defaults}

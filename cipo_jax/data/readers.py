@@ -62,7 +62,7 @@ def read_examples(source: str | Path, required: Sequence[str] = ()) -> list[Exam
                 if example.question not in seen:
                     seen[example.question] = number
                     examples.append(example)
-                elif table.foreign or not set(row) <= _OURS:
+                elif table.foreign or not (isinstance(row, dict) and set(row) <= _OURS):
                     repeats += 1
                 else:
                     first = seen[example.question]
@@ -133,7 +133,7 @@ def read_lines(path: str | Path) -> list[str]:
 # ---- rows
 
 
-def _examples(row: Any, unread: set[str] | None) -> Iterator[Example]:
+def _examples(row: object, unread: set[str] | None) -> Iterator[Example]:
     """The examples of a row; raises ValueError naming the field and its valid values.
 
     Args:
@@ -156,7 +156,7 @@ def _examples(row: Any, unread: set[str] | None) -> Iterator[Example]:
             raise ValueError(f"{people}[{index}]: {error}") from None
 
 
-def _example(row: dict[str, Any], unread: set[str] | None) -> Example:
+def _example(row: dict[str, object], unread: set[str] | None) -> Example:
     values: dict[str, Any] = {}
     given = [name for name, value in row.items() if value is not None]
     for name in _REQUIRED:
@@ -174,8 +174,9 @@ def _example(row: dict[str, Any], unread: set[str] | None) -> Example:
             _check_text(f"field {name!r}", value, may_be_empty=name in _LABELS)
             values[field] = value
         elif field in _LISTS:
-            strings = isinstance(value, list) and all(isinstance(v, str) for v in value)
-            if not strings or not all(map(str.strip, value)):
+            if not isinstance(value, list) or not all(
+                isinstance(item, str) and item.strip() for item in value
+            ):
                 raise ValueError(f"field {name!r} should be a list of non-empty strings")
             for item in value:
                 _check_text(f"field {name!r}", item)

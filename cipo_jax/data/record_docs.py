@@ -6,9 +6,13 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cipo_jax.data.codecs import fields_of, union_members
+from cipo_jax.data.records import Record
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _SCALARS = {
     str: ("string", "strings"),
@@ -20,7 +24,7 @@ _SCALARS = {
 _SINGULAR, _PLURAL = 0, 1
 
 
-def formats_page(record_classes: Sequence[type[Any]]) -> str:
+def formats_page(record_classes: "Sequence[type[DataclassInstance]]") -> str:
     """A Markdown section for each record class, and for each dataclass nested in one.
 
     A section holds the class's docstring, the files that hold its rows, its schema and version, and
@@ -37,13 +41,14 @@ def formats_page(record_classes: Sequence[type[Any]]) -> str:
     return "\n".join(_section(cls) for cls in classes)
 
 
-def _section(cls: type[Any]) -> str:
+def _section(cls: "type[DataclassInstance]") -> str:
     lines = [f"## {cls.__name__}", "", _about(cls), ""]
     if stored_in := getattr(cls, "stored_in", ()):
         lines.append(f"- Files: {', '.join(f'`{file}`' for file in stored_in)}")
-    if schema := getattr(cls, "schema", ""):
-        lines.append(f'- Schema: `"schema": "{schema}/{cls.version}"`')
-    if stored_in or schema:
+    tag = cls.schema_tag() if issubclass(cls, Record) else ""
+    if tag:
+        lines.append(f'- Schema: `"schema": "{tag}"`')
+    if stored_in or tag:
         lines.append("")
     lines += ["| field | type | meaning |", "| --- | --- | --- |"]
     lines += [
@@ -53,7 +58,7 @@ def _section(cls: type[Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about(cls: type[Any]) -> str:
+def _about(cls: "type[DataclassInstance]") -> str:
     """The paragraphs of the docstring up to a section such as "Attributes:"."""
     text = cls.__doc__ or ""
     if not text or text.startswith(f"{cls.__name__}("):  # What dataclasses put in place of none.
@@ -61,7 +66,7 @@ def _about(cls: type[Any]) -> str:
     return inspect.cleandoc(text).partition("\n\nAttributes:")[0]
 
 
-def _meaning(cls: type[Any], field: dataclasses.Field[Any]) -> str:
+def _meaning(cls: "type[DataclassInstance]", field: dataclasses.Field[object]) -> str:
     about = field.metadata.get("about")
     if not about:
         raise ValueError(f"{cls.__name__}.{field.name} has no meaning: declare it with `field`")
@@ -74,7 +79,7 @@ def _meaning(cls: type[Any], field: dataclasses.Field[Any]) -> str:
     return f"{about}; default {json.dumps(default, ensure_ascii=False)}"
 
 
-def json_type(kind: Any, number: int = _SINGULAR) -> str:
+def json_type(kind: object, number: int = _SINGULAR) -> str:
     """The JSON type of a field in words: "list of integers", "[Scores](#scores) or null".
 
     Args:
@@ -110,11 +115,11 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def nested_classes(cls: type[Any]) -> Iterator[type[Any]]:
+def nested_classes(cls: "type[DataclassInstance]") -> "Iterator[type[DataclassInstance]]":
     """The dataclasses that a record's fields contain, at any depth, each once."""
-    seen: dict[type[Any], None] = {}
+    seen: dict[type, None] = {}
 
-    def visit(kind: Any) -> None:
+    def visit(kind: object) -> None:
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             if kind not in seen:
                 seen[kind] = None

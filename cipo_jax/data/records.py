@@ -14,22 +14,28 @@ unions of these. Reading is strict: the schema, every field and every type must 
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 from cipo_jax.data.codecs import Mismatch, decoder, encoder, unexpected
 from cipo_jax.errors import UserError
 from cipo_jax.files import atomic_write_text, to_json, write_jsonl
+from cipo_jax.typing import Json
 
 R = TypeVar("R", bound="Record")
+T = TypeVar("T")
 
 
+@overload
+def field(about: str) -> Any: ...
+@overload
+def field(about: str, default: T) -> T: ...
+@overload
+def field(about: str, *, default_factory: Callable[[], T]) -> T: ...
 def field(
-    about: str,
-    default: Any = dataclasses.MISSING,
-    default_factory: Any = dataclasses.MISSING,
-) -> Any:
+    about: str, default: object = dataclasses.MISSING, default_factory: Any = dataclasses.MISSING
+) -> object:
     """A dataclass field with its meaning, which docs/formats.md shows.
 
     Args:
@@ -64,14 +70,15 @@ class Record:
         """The value of "schema" in a row: NAME/VERSION, or "" without a schema."""
         return f"{cls.schema}/{cls.version}" if cls.schema else ""
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> dict[str, Json]:
         """The JSON object of the record."""
         cls = type(self)
         row = encoder(cls)(self)
+        assert isinstance(row, dict)
         return {"schema": cls.schema_tag(), **row} if cls.schema else row
 
     @classmethod
-    def from_row(cls, row: Any, where: str) -> Self:
+    def from_row(cls, row: object, where: str) -> Self:
         """The record of a JSON object.
 
         Args:
@@ -84,7 +91,9 @@ class Record:
         try:
             if cls.schema:
                 row = _without_schema(row, cls.schema_tag())
-            return decoder(cls)(row)
+            record = decoder(cls)(row)
+            assert isinstance(record, cls)
+            return record
         except Mismatch as error:
             place = f"{where}:{error.path.lstrip('.')}" if error.path else where
             raise UserError(f"{place}: {error.problem}") from None
@@ -133,14 +142,14 @@ def _read_text(path: str | Path) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {error}") from None
 
 
-def _without_schema(row: Any, tag: str) -> Any:
+def _without_schema(row: object, tag: str) -> object:
     if not isinstance(row, dict):
         raise unexpected("an object", row)
     found = row.get("schema")

@@ -30,7 +30,7 @@ class Table(NamedTuple):
     """
 
     name: str
-    rows: Iterable[tuple[int, Any]]
+    rows: Iterable[tuple[int, object]]
     foreign: bool = False
     loose: bool = False
 
@@ -101,7 +101,7 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[int, object]]:
     """The rows of a file: of JSON Lines by line number, of a JSON array by position."""
     text = _text(path)
     line = 0

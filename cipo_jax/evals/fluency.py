@@ -3,19 +3,21 @@
 import functools
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
 from cipo_jax.text.matching import normalized_words
+from cipo_jax.typing import Tokenizer
 
 
 @functools.lru_cache(maxsize=65536)
-def _piece(tokenizer: Any, tokens: tuple[int, ...]) -> str:
+def _piece(tokenizer: Tokenizer, tokens: tuple[int, ...]) -> str:
     return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
-def fact_tokens(tokenizer: Any, ids: Sequence[int], fact_words: Collection[str]) -> np.ndarray:
+def fact_tokens(
+    tokenizer: Tokenizer, ids: Sequence[int], fact_words: Collection[str]
+) -> np.ndarray:
     """[C] bool: the tokens that overlap with a fact word or a number.
 
     Args:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cipo_jax.config import CompareConfig, Config
 from cipo_jax.data.records import Record, field, write_record
@@ -35,7 +35,8 @@ from cipo_jax.runs.measurement import IterationsOnly
 from cipo_jax.runs.memory import peak_memory_bytes, reset_peak_memory
 from cipo_jax.runs.results import StageResult
 from cipo_jax.runs.worker_pool import run_workers
-from cipo_jax.settings import to_literal
+from cipo_jax.settings_text import to_literal
+from cipo_jax.shared_config import RunConfig
 from cipo_jax.training.loop import Diverged
 
 _TRAINING = ("warmup", "rollouts", "pairs", "train")  # Stages that a method's seconds are of.
@@ -343,7 +344,7 @@ class Comparison:
         if not self._settings.keep_models:
             shutil.rmtree(self._folder(row, lr, seed) / "checkpoints", ignore_errors=True)
 
-    def _owner(self, config: Any, stage: str) -> Run | None:
+    def _owner(self, config: RunConfig, stage: str) -> Run | None:
         """The run that keeps a stage of what trials of one seed learn from; None for others."""
         shared = stage in ("own", "counterfactuals", "refusals") or stage.startswith("alternates-")
         if not shared:

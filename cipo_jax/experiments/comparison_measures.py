@@ -52,7 +52,8 @@ class Measures(StageResult):
 
     def present(self) -> dict[str, float]:
         """The measures that there are."""
-        return {k: v for k, v in self.to_row().items() if k != "schema" and v is not None}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)

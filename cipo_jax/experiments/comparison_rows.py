@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from cipo_jax.config import Config
 from cipo_jax.errors import UserError
@@ -75,7 +74,7 @@ def rows_of(config: Config) -> list[CompareRow]:
     return rows
 
 
-def _variant(name: str, changes: Iterable[tuple[str, Any]]) -> CompareRow:
+def _variant(name: str, changes: Iterable[tuple[str, object]]) -> CompareRow:
     found = dict(changes)
     return CompareRow(name, str(found.pop("method", "cipo")), tuple(found.items()))
 

@@ -20,16 +20,10 @@ from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import Callbacks, Phase, train_phase
 from cipo_jax.training.mesh import make_mesh
+from cipo_jax.training.objective import Batch, Metrics, Objective, StepContext
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import (
-    Batch,
-    Metrics,
-    Objective,
-    PhaseResult,
-    Policy,
-    StepContext,
-    TrainStep,
-)
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import PhaseResult, TrainStep
 from cipo_jax.typing import Array, Params
 
 _TOKENIZER_TEXTS = 8000

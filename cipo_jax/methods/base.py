@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 from cipo_jax.errors import UserError
 from cipo_jax.models.decoder import DecoderConfig
@@ -32,7 +32,7 @@ class Method:
     name: str
     about: str
     source: str = ""
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     trains: ClassVar[bool] = True
 
@@ -85,7 +85,7 @@ class Method:
         return None
 
 
-def _setting(config: RunConfig, key: str) -> Any:
+def _setting(config: RunConfig, key: str) -> object:
     group, name = key.split(".")
     return getattr(getattr(config, group), name)
 

@@ -12,7 +12,8 @@ from cipo_jax.methods.retain import over_vocabulary
 from cipo_jax.methods.targets import CounterfactualTargets
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import RunConfig
-from cipo_jax.training.step import Batch, Metrics, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 

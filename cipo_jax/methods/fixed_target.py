@@ -37,7 +37,8 @@ from cipo_jax.runs.training import Batches, num_steps, optimize
 from cipo_jax.runs.weights import Weights
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import CounterfactualConfig, RunConfig
-from cipo_jax.training.step import Batch, Metrics, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 RetainName = Literal["none", "nll", "kl", "kd", "hidden"]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from cipo_jax import losses
 from cipo_jax.data.batches import CompletionBatch
 from cipo_jax.methods.retain import RetainTerm
-from cipo_jax.training.step import Batch, Metrics, Objective, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, Objective, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 

@@ -14,7 +14,8 @@ from cipo_jax.methods.targets import Target, TargetBuilder, trace_targets
 from cipo_jax.runs.context import Run
 from cipo_jax.settings import setting
 from cipo_jax.shared_config import CounterfactualConfig, RunConfig
-from cipo_jax.training.step import Batch, Metrics, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from cipo_jax import losses
 from cipo_jax.data.batches import CompletionBatch
 from cipo_jax.runs.data import RetainedExamples
-from cipo_jax.training.step import Batch, Metrics, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 GROUPS = RetainedExamples.GROUPS

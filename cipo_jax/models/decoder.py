@@ -8,7 +8,7 @@ would copy the slice of each layer at each token. Both apply the same `Block`.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,8 @@ from cipo_jax.typing import Array, Float, Int, Params
 Remat = Literal["none", "full", "names"]
 # (queries, keys, values), before their rotation -> (attended values, what the caller keeps of the
 # layer, such as its keys and values).
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Kept = TypeVar("Kept")
+Attend = Callable[[Array, Array, Array], tuple[Array, Kept]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, in float32 (Zhang & Sennrich 2019)."""
 
     eps: float
-    dtype: Any
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -151,7 +152,7 @@ class Projection(nn.Module):
             y = y + jnp.tensordot(jnp.tensordot(x, a.astype(dtype), axes), b.astype(dtype), 1)
         return y
 
-    def _init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    def _init(self, key: Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
         flat = (math.prod(self.inputs), math.prod(self.outputs))
         return nn.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
 
@@ -163,13 +164,15 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], attend: Attend) -> tuple[Array, Any]:
+    def __call__(self, x: Float[Array, "B T D"], attend: Attend[Kept]) -> tuple[Array, Kept]:
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(c.norm_eps, dtype, name=name)
 
-        def project(name: str, inputs: Any, outputs: Any, bias: bool) -> Projection:
+        def project(
+            name: str, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool
+        ) -> Projection:
             return Projection(inputs, outputs, self.compute, bias, name=name)
 
         h = x if c.post_norm else norm("attn_norm")(x)
@@ -410,9 +413,9 @@ def decode_layers(
     params: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    attend: Callable[[int, Array, Array, Array], tuple[Array, Any]],
+    attend: Callable[[int, Array, Array, Array], tuple[Array, Kept]],
     seq_len_at_token: Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T D"], list[Any]]:
+) -> tuple[Float[Array, "B T D"], list[Kept]]:
     """Applies the layers of a decoding layout one by one.
 
     Args:
@@ -432,7 +435,7 @@ def decode_layers(
     kept = []
     for i, layer in enumerate(params["layers"]):
 
-        def attend_here(q: Array, k: Array, v: Array, i: int = i) -> tuple[Array, Any]:
+        def attend_here(q: Array, k: Array, v: Array, i: int = i) -> tuple[Array, Kept]:
             by = rotations[kinds[i]]
             return attend(i, rotate(q, by), rotate(k, by), v)
 

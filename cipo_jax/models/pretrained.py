@@ -5,7 +5,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cipo_jax import hub
 from cipo_jax.models.decoder import Compute, DecoderConfig
@@ -13,7 +13,7 @@ from cipo_jax.models.hf_config import read_config
 from cipo_jax.models.hf_fields import Fields, read_fields, read_object
 from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
-from cipo_jax.typing import Params
+from cipo_jax.typing import Params, Tokenizer
 
 if TYPE_CHECKING:
     from cipo_jax.shared_config import ModelConfig
@@ -59,7 +59,7 @@ class PretrainedFolder:
         )
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The folder's Hugging Face tokenizer; raises UserError where it cannot be read."""
         return hub.load_tokenizer(self.folder)
 
@@ -75,7 +75,11 @@ class PretrainedFolder:
         return load_params(self.folder, self.config, shardings, dtype)
 
     def save(
-        self, folder: str | Path, params: Params, tokenizer: Any = None, dtype: str = "float32"
+        self,
+        folder: str | Path,
+        params: Params,
+        tokenizer: Tokenizer | None = None,
+        dtype: str = "float32",
     ) -> None:
         """Writes weights, config and tokenizer as a Hugging Face folder, atomically.
 

@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ class _Files:
             raise UserError(f"{folder}: holds no .safetensors file{_pickle_hint(folder)}")
         _check_index(folder, {p.name for p in paths})
         self._folder = folder
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, safe_open] = {}
         self._paths: dict[str, Path] = {}
         for path in paths:
             try:
@@ -76,8 +75,8 @@ class _Files:
             # Devices with the same slice share one read of it.
             return stored[tuple(slice(*b) for b in bounds)]
 
-        def slices(index: Any) -> np.ndarray:
-            return part(tuple((s.start, s.stop) for s in index))
+        def slices(index: tuple[slice, ...] | None) -> np.ndarray:
+            return part(tuple((s.start, s.stop) for s in index or ()))
 
         return jax.make_array_from_callback(shape, sharding, slices)
 
@@ -193,7 +192,7 @@ def load_tree(
     """
     files = _Files(Path(folder))
     default = SingleDeviceSharding(jax.devices()[0])
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for key in table:
         shape = get(abstract, key.path).shape
         sharding = default if shardings is None else get(shardings, key.path)

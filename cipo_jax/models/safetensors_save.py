@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16", which safetensors needs)
@@ -16,7 +15,7 @@ from cipo_jax.models.decoder import DecoderConfig
 from cipo_jax.models.hf_config import config_json
 from cipo_jax.models.hf_fields import Fields
 from cipo_jax.models.tensor_names import Key, get, keys, to_stored
-from cipo_jax.typing import Array, Params
+from cipo_jax.typing import Array, Params, Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -61,7 +60,7 @@ def save_folder(
     folder: str | Path,
     config: DecoderConfig,
     params: Params,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     fields: Fields | None = None,
     dtype: str = "float32",
     generation: Fields | None = None,

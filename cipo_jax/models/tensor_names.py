@@ -6,14 +6,14 @@ Also the shapes and shardings of stored tensors, which loading and saving share.
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from cipo_jax.models.decoder import DecoderConfig
-from cipo_jax.typing import Array
+from cipo_jax.typing import Array, Params
 
 
 class Key(NamedTuple):
@@ -76,14 +76,14 @@ def has_bias(config: DecoderConfig, projection: str) -> bool:
     return config.o_bias if projection == "o" else config.mlp_bias
 
 
-def get(tree: Any, path: tuple[str, ...]) -> Any:
+def get(tree: Params, path: tuple[str, ...]) -> Params:
     """The value at a path of a nested dict."""
     for part in path:
         tree = tree[part]
     return tree
 
 
-def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put(tree: Params, path: tuple[str, ...], value: Array) -> None:
     """Sets the value at a path of a nested dict."""
     for part in path[:-1]:
         tree = tree.setdefault(part, {})

@@ -6,7 +6,6 @@ Where all parameters are trained, the frozen tree is empty.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 
@@ -86,7 +85,7 @@ def abstract_trainable(config: DecoderConfig, trainable: Trainable) -> Params:
     return params if trainable is None else jax.eval_shape(trainable.take, params)
 
 
-def assemble(trainable: Trainable, frozen: Params, trained: Params) -> Any:
+def assemble(trainable: Trainable, frozen: Params, trained: Params) -> Params:
     """The tree that the decoder takes, from the trained and the frozen parameters.
 
     Args:

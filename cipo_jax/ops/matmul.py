@@ -1,7 +1,6 @@
 """The matrix product of projections."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,11 @@ def contract(x: Array, kernel: Array, axes: int) -> Array:
     return jnp.tensordot(x, kernel, axes)
 
 
-def _forward(x: Array, kernel: Array, axes: int) -> tuple[Array, Any]:
+def _forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
     return jnp.tensordot(x, kernel, axes), (x, kernel)
 
 
-def _backward(axes: int, residuals: Any, d: Array) -> tuple[Array, Array]:
+def _backward(axes: int, residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     outputs = kernel.ndim - axes
     tokens = tuple(range(x.ndim - axes))

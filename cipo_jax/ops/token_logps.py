@@ -1,11 +1,12 @@
 """Log-probabilities of given tokens, without an array [B, T, V]."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from cipo_jax.typing import Array, Float, Int
+
+# Hidden states, head, targets and normalizers, for the backward pass.
+_Kept = tuple[Array, Array, Array, Array]
 
 
 def token_logps(
@@ -62,7 +63,7 @@ def _chunked(hidden: Array, head: Array, targets: Array) -> Array:
     return _forward(hidden, head, targets)[0]
 
 
-def _forward(hidden: Array, head: Array, targets: Array) -> tuple[Array, Any]:
+def _forward(hidden: Array, head: Array, targets: Array) -> tuple[Array, _Kept]:
     def body(_: None, part: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         h, y = part
         with jax.named_scope("token_logps"):
@@ -75,7 +76,7 @@ def _forward(hidden: Array, head: Array, targets: Array) -> tuple[Array, Any]:
     return logps, (hidden, head, targets, totals)
 
 
-def _backward(kept: Any, cotangents: Array) -> tuple[Array, Array, None]:
+def _backward(kept: _Kept, cotangents: Array) -> tuple[Array, Array, None]:
     hidden, head, targets, totals = kept
 
     def body(gradient: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ from cipo_jax.shared_config import RunConfig
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.mesh import replicated
 from cipo_jax.training.step import PhaseResult
-from cipo_jax.typing import Array, Params
+from cipo_jax.typing import Array, Json, Params
 
 WORKDIR = "workdir:"  # In config.json: a path that is relative to the run folder.
 
@@ -218,7 +218,9 @@ class Run:
         self.state.results[name] = (identity, result)
         return result
 
-    def _identity(self, function: Callable[..., Any], inputs: tuple[object, ...]) -> StageIdentity:
+    def _identity(
+        self, function: Callable[..., object], inputs: tuple[object, ...]
+    ) -> StageIdentity:
         names = input_names(function, len(inputs))
         prints = {n: fingerprint(value) for n, value in zip(names, inputs, strict=True)}
         return StageIdentity(function_identity(function), prints)
@@ -333,7 +335,7 @@ class Run:
         """A PRNG key addressed by the run's seed and these names."""
         return derive_key(self.config.seed, *names)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Writes a JSON file at this place."""
         atomic_write_text(self.path(name), to_json(value))
 
@@ -384,7 +386,7 @@ def _keep_config(folder: Path, config: RunConfig) -> None:
         )
 
 
-def config_json(config: RunConfig) -> Mapping[str, Any]:
+def config_json(config: RunConfig) -> Mapping[str, Json]:
     """A config as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

@@ -6,14 +6,16 @@ import inspect
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 
 from cipo_jax.typing import Array
 
+F = TypeVar("F", bound=Callable[..., object])
 _DIGITS = 16
+_VERSION = "stage_version"  # the attribute of a stage function
 
 
 @runtime_checkable
@@ -69,22 +71,22 @@ def _plain(value: object) -> Any:
     raise TypeError(f"a {type(value).__name__} has no fingerprint")
 
 
-def stage_version(version: int) -> Callable[[Any], Any]:
+def stage_version(version: int) -> Callable[[F], F]:
     """Sets the version of a stage function; raise it when the function computes something else."""
 
-    def mark(function: Any) -> Any:
-        function.stage_version = version
+    def mark(function: F) -> F:
+        setattr(function, _VERSION, version)
         return function
 
     return mark
 
 
-def function_identity(function: Callable[..., Any]) -> str:
+def function_identity(function: Callable[..., object]) -> str:
     """Name and version of a stage function."""
-    return f"{function.__name__}@{getattr(function, 'stage_version', 1)}"
+    return f"{function.__name__}@{getattr(function, _VERSION, 1)}"
 
 
-def input_names(function: Callable[..., Any], count: int) -> list[str]:
+def input_names(function: Callable[..., object], count: int) -> list[str]:
     """Names of a stage function's inputs: its parameters behind the run."""
     names = list(inspect.signature(function).parameters)[1:]
     if len(names) != count:

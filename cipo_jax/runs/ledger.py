@@ -14,6 +14,7 @@ from typing import Any
 from cipo_jax.errors import UserError
 from cipo_jax.files import atomic_write_text, to_json
 from cipo_jax.runs.identity import digest
+from cipo_jax.typing import Json
 
 LAYOUT = 2
 CLOCK_S = 1.0  # Seconds between two saves of the clock inside of a stage.
@@ -48,9 +49,9 @@ class StageEntry:
 
     identity: StageIdentity
     seconds: float
-    result: dict[str, Any]
+    result: dict[str, Json]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         return {
             "function": self.identity.function,
             "inputs": dict(self.identity.inputs),
@@ -72,7 +73,7 @@ class _Unfinished:
     identity: StageIdentity
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         return {
             "function": self.identity.function,
             "inputs": dict(self.identity.inputs),
@@ -167,7 +168,7 @@ class Ledger:
         self._stage, self._since = name, time.monotonic()
         self._write()  # What the stage saves on its way belongs to this identity from here on.
 
-    def enter(self, name: str, identity: StageIdentity, result: dict[str, Any]) -> None:
+    def enter(self, name: str, identity: StageIdentity, result: dict[str, Json]) -> None:
         """Enters the stage under way as done."""
         self.tick()
         seconds = self._unfinished.pop(name).seconds

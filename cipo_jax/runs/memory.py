@@ -5,7 +5,6 @@ import functools
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.monitoring
@@ -38,7 +37,7 @@ class _CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: object) -> None:
         del duration_secs, kwargs
         self.count += event == "/jax/core/compile/backend_compile_duration"
 

@@ -6,10 +6,12 @@ a JSON Lines file named after the stage, where a person can read it.
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from cipo_jax.data.records import Record, read_records, write_records
+from cipo_jax.typing import Json
 
 _ROWS = "rows"
 
@@ -37,7 +39,7 @@ class StageResult(Record):
         """The files of a result that is kept under a path without suffix."""
         return () if cls._rows_field() is None else (path.with_name(f"{path.name}.jsonl"),)
 
-    def save(self, path: Path) -> dict[str, Any]:
+    def save(self, path: Path) -> dict[str, Json]:
         """Writes the rows; returns the small fields, as JSON, for the stage's entry."""
         found = self._rows_field()
         row = _small(self, found[0] if found else "").to_row()
@@ -47,7 +49,7 @@ class StageResult(Record):
         return row
 
     @classmethod
-    def load(cls, path: Path, entry: dict[str, Any]) -> Self:
+    def load(cls, path: Path, entry: dict[str, Json]) -> Self:
         """Reads what `save` kept.
 
         Raises:
@@ -66,7 +68,7 @@ def _small(result: StageResult, rows_field: str) -> StageResult:
     return dataclasses.replace(result, **{rows_field: ()}) if rows_field else result
 
 
-def result_class(function: Any) -> type[StageResult]:
+def result_class(function: Callable[..., object]) -> type[StageResult]:
     """The class that a stage function says it returns."""
     returned = typing.get_type_hints(function).get("return")
     if not (isinstance(returned, type) and issubclass(returned, StageResult)):

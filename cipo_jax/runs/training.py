@@ -11,8 +11,9 @@ from cipo_jax.runs.context import Run
 from cipo_jax.runs.weights import Weights
 from cipo_jax.shared_config import TrainConfig
 from cipo_jax.training.loop import Callbacks, Phase, train_phase
+from cipo_jax.training.objective import Batch, Objective
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Batch, Objective
+from cipo_jax.training.step import PhaseResult
 from cipo_jax.typing import Params
 
 
@@ -70,40 +71,58 @@ def optimize(
     )
     if run.checkpoints.has_phase(name):  # Killed between the checkpoint and the stage's entry.
         return weights
-    model = run.workspace.model
-    step = model.train_step(
-        objective,
-        AdamW.from_config(settings),
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        ema_decay=ema_decay,
-    )
-    schedule = Schedule.from_config(settings, batches.num_steps)
-    key = jax.random.key(run.config.seed)
-    phase = Phase(name, step, schedule, batches.num_steps, settings.checkpoint_every, key)
-    done = run.checkpoints.latest_step(name) or 0
-    run.metrics.rewind(start.steps + done)
-    tokens = _completion_tokens(batches.at(0)) if batches.num_steps else 0
-    with run.reporter.bar(title, batches.num_steps) as bar:
-        bar.skip(done)
-
-        def on_step(number: int, metrics: dict[str, float]) -> None:
-            run.metrics.write(start.steps + number, name, metrics)
-            bar.advance(1, tokens, f"loss {metrics['loss']:.3f}")
-
-        ended = train_phase(
-            phase,
-            lambda: run.state.weights.take(start),
-            batches.at,
-            run.checkpoints,
-            Callbacks(on_step, run.ledger.save, lambda: run.preemption.preempted),
-            frozen=_frozen(run, objective),
-        )
+    phase = _phase(run, name, objective, settings, batches.num_steps, ema_decay)
+    ended = _train(run, title, phase, start, batches)
     if ended is None:
         run.stop_if_preempted()
         raise AssertionError("a phase ends early only where the process was asked to stop")
     run.checkpoints.save_phase(name, ended)
     run.state.weights.put(weights, ended)
     return weights
+
+
+def _phase(
+    run: Run,
+    name: str,
+    objective: Objective,
+    settings: TrainConfig,
+    num_steps: int,
+    ema_decay: float | None,
+) -> Phase:
+    """The phase of a training config, on the model of the run."""
+    step = run.workspace.model.train_step(
+        objective,
+        AdamW.from_config(settings),
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        ema_decay=ema_decay,
+    )
+    schedule = Schedule.from_config(settings, num_steps)
+    key = jax.random.key(run.config.seed)
+    return Phase(name, step, schedule, num_steps, settings.checkpoint_every, key)
+
+
+def _train(
+    run: Run, title: str, phase: Phase, start: Weights, batches: Batches
+) -> PhaseResult | None:
+    """Trains with the run's metrics, progress bar and checkpoints; None if preempted."""
+    done = run.checkpoints.latest_step(phase.name) or 0
+    run.metrics.rewind(start.steps + done)
+    tokens = _completion_tokens(batches.at(0)) if batches.num_steps else 0
+    with run.reporter.bar(title, batches.num_steps) as bar:
+        bar.skip(done)
+
+        def on_step(number: int, metrics: dict[str, float]) -> None:
+            run.metrics.write(start.steps + number, phase.name, metrics)
+            bar.advance(1, tokens, f"loss {metrics['loss']:.3f}")
+
+        return train_phase(
+            phase,
+            lambda: run.state.weights.take(start),
+            batches.at,
+            run.checkpoints,
+            Callbacks(on_step, run.ledger.save, lambda: run.preemption.preempted),
+            frozen=_frozen(run, phase.step.objective),
+        )
 
 
 def _frozen(run: Run, objective: Objective) -> Params:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
-from typing import Any
+from multiprocessing.context import SpawnProcess
 
 import jax
 from absl import logging
@@ -34,7 +34,7 @@ def core_shares(workers: int) -> list[list[int]]:
 
 
 def run_workers(
-    work: Callable[..., None], arguments: Sequence[Any], run: Run, workers: int
+    work: Callable[..., None], arguments: Sequence[object], run: Run, workers: int
 ) -> None:
     """Calls a function in several processes, and waits for all of them.
 
@@ -71,7 +71,7 @@ def run_workers(
     _raise_for(processes, stopped, run.resume_hint())
 
 
-def _stop(processes: Sequence[Any], received: int | None) -> None:
+def _stop(processes: Sequence[SpawnProcess], received: int | None) -> None:
     """Asks processes to save and stop.
 
     A signal to the whole group has reached them as well, and the same one again would kill them.
@@ -82,7 +82,7 @@ def _stop(processes: Sequence[Any], received: int | None) -> None:
             os.kill(process.pid, number)
 
 
-def _raise_for(processes: Sequence[Any], stopped: bool, hint: str) -> None:
+def _raise_for(processes: Sequence[SpawnProcess], stopped: bool, hint: str) -> None:
     codes = {process.exitcode or 0 for process in processes}
     # Some of those that were stopped had not installed their handlers yet.
     fine = {0, EXIT_PREEMPTED} | ({-signal.SIGINT, -signal.SIGTERM} if stopped else set())
@@ -96,7 +96,7 @@ def _raise_for(processes: Sequence[Any], stopped: bool, hint: str) -> None:
         raise Preempted(f"a worker was stopped; {hint}")
 
 
-def _work(work: Callable[..., None], arguments: Sequence[Any], cores: Sequence[int]) -> None:
+def _work(work: Callable[..., None], arguments: Sequence[object], cores: Sequence[int]) -> None:
     if cores:
         os.sched_setaffinity(0, cores)  # Before JAX counts them.
     logging.set_verbosity(logging.ERROR)  # As in the process that started it.

@@ -15,11 +15,12 @@ import datetime
 import itertools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cipo_jax.errors import UserError
+from cipo_jax.typing import AddedToken, Tokenizer
 
 THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
@@ -61,7 +62,7 @@ class ChatFormat:
       stop_ids: ids that end a generation: EOS first, then those given, without repetitions.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     open: str = THINK_OPEN
     close: str = THINK_CLOSE
     prompt: str = ""
@@ -164,7 +165,7 @@ class ChatFormat:
     def _template(self) -> str:
         """The source of the chat template, or ""."""
         template = self.tokenizer.chat_template or ""
-        if isinstance(template, dict):
+        if not isinstance(template, str):
             template = template.get("default", "")
         return _TODAY.sub(lambda match: repr(_DATE.strftime(match[2])), template)
 
@@ -278,7 +279,7 @@ class ChatFormat:
         return {}
 
     @cached_property
-    def _added(self) -> dict[int, Any]:
+    def _added(self) -> Mapping[int, AddedToken]:
         return self.tokenizer.added_tokens_decoder
 
     @cached_property

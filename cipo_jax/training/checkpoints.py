@@ -10,7 +10,7 @@ all.
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -109,13 +109,13 @@ class Checkpoints:
         return dataclasses.replace(abstract, **loaded)
 
     @staticmethod
-    def _save(path: Path, state: Any) -> None:
+    def _save(path: Path, state: dict[str, Params]) -> None:
         from orbax.checkpoint import v1 as ocp
 
         ocp.save(str(path), state, overwrite=True)
 
     @staticmethod
-    def _load(path: Path, abstract: Any, partial: bool = False) -> Any:
+    def _load(path: Path, abstract: dict[str, Params], partial: bool = False) -> dict[str, Params]:
         from orbax.checkpoint import v1 as ocp
 
         options = ocp.options.PyTreeOptions(
@@ -125,7 +125,7 @@ class Checkpoints:
             return ocp.load(str(path), abstract)
 
 
-def _fields(struct: PhaseResult | TrainState) -> dict[str, Any]:
+def _fields(struct: PhaseResult | TrainState) -> dict[str, Params]:
     """The fields that hold anything, by name."""
     fields = {f.name: getattr(struct, f.name) for f in dataclasses.fields(struct)}
     return {name: value for name, value in fields.items() if jax.tree.leaves(value)}

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from cipo_jax.training.checkpoints import Checkpoints
+from cipo_jax.training.objective import Batch, Metrics
 from cipo_jax.training.optimizer import Schedule
-from cipo_jax.training.step import Batch, PhaseResult, TrainState, TrainStep
+from cipo_jax.training.step import PhaseResult, TrainState, TrainStep
 from cipo_jax.typing import Array, Params
 
 
@@ -38,7 +38,7 @@ class Phase:
     key: Array | None = None
 
 
-def _ignore(*args: Any) -> None:
+def _ignore(*args: object) -> None:
     del args
 
 
@@ -94,31 +94,21 @@ def train_phase(
         state = checkpoints.load_step(phase.name, done, phase.step.abstract_state())
     del initial  # Its arrays may be large.
 
-    pending: tuple[int, Any] | None = None
-
-    def settle() -> None:
-        nonlocal pending
-        if pending is not None:
-            step, metrics = pending
-            pending = None
-            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            _check_finite(phase.name, step, values, checkpoints)
-            callbacks.on_step(step, values)
-
+    pending = _PendingMetrics(phase.name, checkpoints, callbacks)
     while done < phase.num_steps:
         batch = phase.step.put(batch_at(done))
         state, metrics = phase.step(state, batch, frozen, phase.key)
-        settle()
+        pending.report()
         done += 1
-        pending = (done, metrics)
+        pending.put(done, metrics)
         stop = callbacks.should_stop()
         if stop or (done % phase.checkpoint_every == 0 and done < phase.num_steps):
-            settle()
+            pending.report()
             checkpoints.save_step(phase.name, done, state)
             callbacks.on_save()
         if stop:
             return None
-    settle()
+    pending.report()
     return state.result()
 
 
@@ -132,6 +122,26 @@ def _start(phase: Phase, initial: PhaseResult | Callable[[], PhaseResult]) -> Tr
         aux_state=result.aux_state or None,
         donate=donate,
     )
+
+
+class _PendingMetrics:
+    """The metrics of the last step, which are read later: reading them waits for the device."""
+
+    def __init__(self, name: str, checkpoints: Checkpoints, callbacks: Callbacks):
+        self._name, self._checkpoints, self._callbacks = name, checkpoints, callbacks
+        self._pending: tuple[int, Metrics] | None = None
+
+    def put(self, step: int, metrics: Metrics) -> None:
+        self._pending = (step, metrics)
+
+    def report(self) -> None:
+        """Checks and reports the pending metrics, if any; raises Diverged."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        _check_finite(self._name, step, values, self._checkpoints)
+        self._callbacks.on_step(step, values)
 
 
 def _check_finite(

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.errors import UserError
-from cipo_jax.typing import Params
+from cipo_jax.typing import Array, Params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -69,7 +69,7 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
 
 
-def _path_name(path: tuple[Any, ...]) -> str:
+def _path_name(path: tuple[object, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
@@ -87,7 +87,7 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
 
 
 def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]) -> Params:
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def one(path: tuple[object, ...], leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = _path_name(path)
         spec = next((spec for rule, spec in rules if re.search(rule, name)), None)
         if spec is None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from cipo_jax.data.batches import (
     fixed_batches,
 )
 from cipo_jax.training.mesh import batch_sharding, replicated
-from cipo_jax.training.step import Policy
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 
@@ -85,7 +84,7 @@ class Scorer:
         return found
 
 
-def _replicate(mesh: Mesh, x: Any) -> Any:
+def _replicate(mesh: Mesh, x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 

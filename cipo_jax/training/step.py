@@ -11,150 +11,27 @@ or part of the state.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from cipo_jax.data.batches import CompletionBatch
-from cipo_jax.models.decoder import (
-    Compute,
-    DecoderConfig,
-    abstract_params,
-    head_matrix,
-    hidden_states,
-    layer_states,
-)
+from cipo_jax.models.decoder import abstract_params
 from cipo_jax.models.lora import Lora
 from cipo_jax.models.trainable import Trainable, abstract_trainable, assemble
-from cipo_jax.ops.token_logps import token_logps
 from cipo_jax.training.mesh import abstract_on, batch_sharding, replicated
+from cipo_jax.training.objective import Batch, Metrics, Objective, StepContext
 from cipo_jax.training.optimizer import AdamW, Optimizer, Schedule
-from cipo_jax.typing import Array, Float, Int, Params
+from cipo_jax.training.policy import Policy
+from cipo_jax.typing import Array, Params
 
-Metrics = dict[str, Array]
-AuxState = dict[str, Array]  # Named numbers that go from step to step.
-Batch = dict[str, Any]  # Named groups of `data.batches.CompletionBatch`, and per-row arrays.
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """The functions of a model that objectives are made of. Static where it has no dropout key.
-
-    Attributes:
-      config: shape of the model.
-      compute: dtype and kernels.
-      dropout_key: of the adapters' dropout in this step; None for no dropout.
-    """
-
-    config: DecoderConfig
-    compute: Compute
-    dropout_key: Array | None = None
-
-    def completion_states(self, params: Params, sequences: Any) -> Float[Array, "B C D"]:
-        """Final hidden states at the positions that predict each completion token."""
-        hidden = hidden_states(
-            self.config,
-            self.compute,
-            params,
-            sequences.tokens,
-            seq_len_at_token=_seq_len_at_token(sequences),
-            dropout_key=self.dropout_key,
-        )
-        return _at_completions(hidden, sequences, -1)
-
-    def layer_states(self, params: Params, sequences: Any, layer: int) -> Float[Array, "B C D"]:
-        """Output of a layer at each completion token itself."""
-        hidden = layer_states(
-            self.config,
-            self.compute,
-            params,
-            sequences.tokens,
-            layer,
-            seq_len_at_token=_seq_len_at_token(sequences),
-            dropout_key=self.dropout_key,
-        )
-        return _at_completions(hidden, sequences, 0)
-
-    def head(self, params: Params) -> Float[Array, "D V"]:
-        """The output matrix."""
-        return head_matrix(self.config, params)
-
-    def completion_logps(self, params: Params, sequences: Any) -> Float[Array, "B C"]:
-        """Log-probability of every completion token; entries past a row's length mean nothing.
-
-        Only the positions that predict completion tokens reach the head.
-        """
-        return token_logps(
-            self.completion_states(params, sequences),
-            self.head(params),
-            sequences.completions,
-            self.compute.logits_chunk,
-        )
-
-
-def _seq_len_at_token(sequences: Any) -> Int[Array, "B T"]:
-    """For a dynamic rope: a sampler computes the prompt at once, then a token at a time."""
-    T = sequences.tokens.shape[1]
-    return jnp.maximum(sequences.prompt_lengths[:, None], jnp.arange(1, T + 1))
-
-
-def _at_completions(hidden: Array, sequences: Any, shift: int) -> Array:
-    """[B, T, D] -> [B, C, D], at each completion token shifted by `shift` positions."""
-    at = sequences.prompt_lengths[:, None] + shift + jnp.arange(sequences.completions.shape[1])
-    at = jnp.clip(at, 0, sequences.tokens.shape[1] - 1)
-    return jnp.take_along_axis(hidden, at[:, :, None], axis=1)
-
-
-class StepContext(NamedTuple):
-    """Inputs of an objective besides parameters and batch.
-
-    Attributes:
-      reference: base parameters in the compute dtype, without gradient; None unless the objective
-        needs them.
-      aux_state: the objective's named numbers; {} where it keeps none.
-    """
-
-    reference: Params = None
-    aux_state: Mapping[str, Array] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Base class of what a step minimizes: a frozen dataclass whose fields are its settings.
-
-    Equal objectives share a compiled update. Subclasses define `__call__`, and the other methods
-    where they need a reference or numbers that go from step to step, such as a dual variable.
-    """
-
-    @property
-    def needs_reference_params(self) -> bool:
-        """Whether `StepContext.reference` is needed."""
-        return False
-
-    def initial_aux_state(self) -> dict[str, float]:
-        """The named numbers before the first step."""
-        return {}
-
-    def update_aux_state(self, aux_state: AuxState, metrics: Metrics) -> AuxState:
-        """The named numbers after a step, from those before it and the step's metrics; pure."""
-        del metrics
-        return aux_state
-
-    def __call__(
-        self, policy: Policy, params: Params, batch: Batch, context: StepContext
-    ) -> tuple[Array, Metrics]:
-        """The loss, a mean over rows or tokens, and a flat dict of scalars.
-
-        Means over tokens divide by `CompletionBatch.num_tokens` where it is set, means over
-        sequences by `num_sequences`.
-        """
-        raise NotImplementedError
+_Gradients = tuple[Params, Metrics]
 
 
 @struct.dataclass
@@ -237,7 +114,7 @@ class TrainStep:
         """Shapes, dtypes and shardings of the state, without making it."""
         params, everywhere = self.abstract_trainable(), replicated(self.mesh)
 
-        def place(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        def place(x: Array | jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         opt_state = optax.tree_map_params(
@@ -266,7 +143,7 @@ class TrainStep:
         *,
         ema: Params = None,
         schedule: Schedule | None = None,
-        aux_state: Mapping[str, Any] | None = None,
+        aux_state: Mapping[str, Array | float] | None = None,
         donate: bool = False,
     ) -> TrainState:
         """A fresh state around parameters.
@@ -344,7 +221,7 @@ class TrainStep:
         state, extras = self.abstract_state(), self._extras(frozen, jax.random.key(0))
         return self._jitted(state).lower(self, state, batch, *extras)
 
-    def _jitted(self, state: TrainState) -> Any:
+    def _jitted(self, state: TrainState) -> jax.stages.Wrapped:
         """The jitted update, whose state keeps its shardings.
 
         A new wrapper at each call is cheap (0.1 ms): jax keeps the programs by function, static
@@ -366,7 +243,7 @@ class TrainStep:
         return frozen if self.needs_frozen else None, key if self.dropout else None
 
 
-def _shardings(tree: Any) -> Any:
+def _shardings(tree: Params) -> Params:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
@@ -375,7 +252,7 @@ def _make_state(
     params: Params,
     ema: Params,
     schedule: Schedule | None,
-    aux_state: Mapping[str, Any],
+    aux_state: Mapping[str, Array],
 ) -> TrainState:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     if isinstance(step.optimizer, AdamW):
@@ -431,13 +308,15 @@ def _update(
     return new, metrics
 
 
-def _accumulated(grad: Any, trained: Params, batch: Batch, n: int) -> tuple[Params, Metrics]:
+def _accumulated(
+    grad: Callable[[Params, Batch], _Gradients], trained: Params, batch: Batch, n: int
+) -> tuple[Params, Metrics]:
     """Mean gradient and metrics over n micro-batches."""
     if n == 1:
         return grad(trained, batch)
     micro = _micro_batches(batch, n)
 
-    def body(total: Any, rows: Batch) -> tuple[Any, None]:
+    def body(total: _Gradients, rows: Batch) -> tuple[_Gradients, None]:
         return jax.tree.map(lambda a, b: a + b / n, total, grad(trained, rows)), None
 
     first = jax.tree.map(lambda x: x[0], micro)
@@ -456,7 +335,7 @@ def _micro_batches(batch: Batch, n: int) -> Batch:
         count = jnp.maximum(count, 1).astype(jnp.float32) / n
         return jnp.broadcast_to(count, (n, *count.shape))
 
-    def split(group: Any) -> Any:
+    def split(group: CompletionBatch | Array) -> CompletionBatch | Array:
         if not isinstance(group, CompletionBatch):
             return cut(group)
         num_tokens = jnp.sum(group.lengths, axis=0)

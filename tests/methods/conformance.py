@@ -34,8 +34,10 @@ from cipo_jax.shared_config import LoraConfig, RunConfig
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import Callbacks, Phase, train_phase
 from cipo_jax.training.mesh import make_mesh
+from cipo_jax.training.objective import Objective, StepContext
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Objective, PhaseResult, Policy, StepContext, TrainStep
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import PhaseResult, TrainStep
 
 DECODER = DecoderConfig(
     vocab_size=40, d_model=16, d_ff=24, layers=2, heads=4, kv_heads=2, head_dim=4, tied_head=True

@@ -19,7 +19,8 @@ from cipo_jax.methods.objective import ForgetLoss
 from cipo_jax.methods.registry import METHODS, find, import_plugins, resolve_method
 from cipo_jax.models.decoder import Compute, DecoderConfig, init_params
 from cipo_jax.settings import group, setting
-from cipo_jax.training.step import Policy, StepContext
+from cipo_jax.training.objective import StepContext
+from cipo_jax.training.policy import Policy
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 DECODER = DecoderConfig(64, 16, 32, 2, 2, 1, 8)

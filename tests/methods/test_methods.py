@@ -39,7 +39,9 @@ from cipo_jax.models.trainable import ParamSubset
 from cipo_jax.shared_config import LoraConfig
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import Callbacks, Phase, train_phase
-from cipo_jax.training.step import PhaseResult, Policy, StepContext, TrainStep
+from cipo_jax.training.objective import StepContext
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import PhaseResult, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=40, d_model=16, d_ff=24, layers=2, heads=2, kv_heads=1, head_dim=8, tied_head=True

@@ -18,7 +18,7 @@ from cipo_jax.methods.retain import (
     NoRetain,
     RetainTerm,
 )
-from cipo_jax.training.step import StepContext
+from cipo_jax.training.objective import StepContext
 
 
 def term(name, **fixed):

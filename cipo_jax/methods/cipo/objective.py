@@ -12,7 +12,8 @@ from cipo_jax import losses
 from cipo_jax.methods.base import given
 from cipo_jax.methods.cipo.config import CipoConfig
 from cipo_jax.methods.retain import NllRetain, completion_nll
-from cipo_jax.training.step import Batch, Metrics, Objective, Policy, StepContext
+from cipo_jax.training.objective import Batch, Metrics, Objective, StepContext
+from cipo_jax.training.policy import Policy
 from cipo_jax.typing import Array, Params
 
 

@@ -16,7 +16,7 @@ from cipo_jax.runs.identity import derive_seed
 from cipo_jax.runs.training import Batches, num_steps, optimize
 from cipo_jax.runs.weights import Weights
 from cipo_jax.shared_config import TrainConfig
-from cipo_jax.training.step import Batch
+from cipo_jax.training.objective import Batch
 
 
 def keeps_ema(config: CipoConfig) -> bool:
