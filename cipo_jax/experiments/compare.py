@@ -273,12 +273,11 @@ class Comparison:
         if len(lrs) == 1:
             return lrs[0], ()
         tried = tuple(self._trial(row, lr, 0).tried(lr) for lr in lrs)
-        # As iterations are chosen; of equals the one that is listed first.
-        best = max(reversed(tried), key=lambda t: rank_scores(t.clean, t.leak, t.utility))
+        best = best_rate(tried)
         for t in tried:
-            if t.lr != best.lr:
+            if t.lr != best:
                 self._drop_weights(row, t.lr, 0)
-        return best.lr, tried
+        return best, tried
 
     def _folder(self, row: CompareRow, lr: float, seed: int) -> Path:
         return self.run.folder / "runs" / row.folder / f"lr-{lr:g}-seed-{seed}"
@@ -386,6 +385,11 @@ def _validated(run: Run) -> list[IterationRecord]:
     """The iterations that were validated, in order; also those before a divergence."""
     names = sorted(name for name in run.ledger.names() if name.endswith("/validate"))
     return [IterationRecord.load(run.path(name), run.ledger.result(name)) for name in names]
+
+
+def best_rate(tried: Sequence[Tried]) -> float:
+    """The rate of the best scores, ranked as iterations are; of equals the one listed first."""
+    return max(tried, key=lambda t: rank_scores(t.clean, t.leak, t.utility)).lr
 
 
 def table_row(

@@ -7,6 +7,7 @@ import pytest
 
 from cipo_jax.config import CompareConfig, Config, RowLrs, RowOverrides, TrainConfig, Variant
 from cipo_jax.errors import UserError
+from cipo_jax.experiments.compare import Tried, best_rate
 from cipo_jax.experiments.comparison_rows import CompareRow, learning_rates, rows_of
 from cipo_jax.methods.base import METHODS
 
@@ -168,3 +169,22 @@ def test_learning_rates_of_unknown_rows_are_named():
 def test_a_row_has_its_learning_rate_from_one_place(given):
     with pytest.raises(UserError, match=r"row 'x' sets train\.lr; its rates go into config\.comp"):
         rates(*given, variants=(variant("x", train__lr=1.0),))
+
+
+def best(*scores):
+    """Which of the rates 1, 2, ... is taken for (clean, leak, utility) of each."""
+    return best_rate([Tried(float(i), 1, leak, clean, utility, False)
+                      for i, (clean, leak, utility) in enumerate(scores, 1)])  # fmt: skip
+
+
+def test_the_best_rate_by_validation_is_taken():
+    # Among clean ones the harmonic mean of 1 - leak and utility, else the least leak.
+    assert best((True, 0.5, 0.9), (True, 0.1, 0.8)) == 2.0
+    assert best((True, 0.9, 0.9), (False, 0.1, 0.9)) == 1.0
+    assert best((False, 0.9, 0.9), (False, 0.8, 0.1)) == 2.0
+    # Of equals the one that is listed first: nothing is left of either model here.
+    assert best((True, 1.0, 0.75), (True, 0.04, 0.0)) == 1.0
+    assert best((True, 0.5, 0.5), (True, 0.5, 0.5), (True, 0.5, 0.5)) == 1.0
+    # A rate that diverged before any validation is the last resort.
+    lost = Tried(1.0, 0, 1.0, False, 0.0, True)
+    assert best_rate([lost, Tried(2.0, 1, 0.99, False, 0.0, False)]) == 2.0
