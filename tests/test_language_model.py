@@ -233,8 +233,8 @@ def test_settings_of_a_train_step_arrive(model, adapted):
     assert step == model.train_step(DPO, AdamW(), gradient_accumulation_steps=2, ema_decay=0.9)
     dropping = adapted[0].with_trainable(dataclasses.replace(LORA, dropout=0.1))
     step = dropping.train_step(DPO, AdamW())
-    assert step.policy.compute.lora_dropout == 0.1
-    assert dropping.policy.compute.lora_dropout == 0.0
+    assert step.dropout == 0.1
+    assert step.policy == dropping.policy  # The update adds the dropout; scorers have none.
 
 
 def test_fresh_adapters_change_nothing_and_trained_ones_do(model, adapted, batch):
