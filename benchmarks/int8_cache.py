@@ -2,8 +2,8 @@
 
     python benchmarks/int8_cache.py [--model DIR] [--tokens 128] [QUESTION ...]
 
-Prints how many completions are equal, how many tokens two of them share before they part, and how
-far apart the log-probabilities of shared tokens are.
+Prints how many completions are equal, the share of tokens before the first difference, and the
+differences between the log-probabilities of those tokens.
 """
 
 import argparse
@@ -11,12 +11,9 @@ import dataclasses
 
 import jax
 import numpy as np
-from cipo_jax.models.reasoning_model import ReasoningModel
 
+from cipo_jax import LanguageModel, SamplingJob, SamplingParams, make_mesh
 from cipo_jax.config import ThinkConfig
-from cipo_jax.models.decoder import Compute
-from cipo_jax.sampling import Request, Sampler, SamplingJob, SamplingParams
-from cipo_jax.training.mesh import make_mesh
 
 TOPICS = (
     "the moon", "bread", "a steam engine", "the alphabet", "volcanoes", "chess", "rivers", "glass",
@@ -36,28 +33,27 @@ def main():
     if not arguments.model.startswith("asset:"):
         turn = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         think = ThinkConfig(prompt=turn)
-    model = ReasoningModel.open(arguments.model, think)
-    full = Sampler(model.config, Compute(), make_mesh(1, 1, 1, jax.devices()[:1]), 32)
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    model = LanguageModel.from_pretrained(arguments.model, mesh, think=think)
+    full = model.sampler(max_batch_size=32)
     params = full.prepare(model.load_params())
-    requests = [Request(model.format.prompt_ids(q), i) for i, q in enumerate(questions)]
-    sampling_params = SamplingParams(
-        arguments.tokens, model.format.stop_ids, vocabulary=model.format.vocabulary
-    )
+    requests = [model.request(question, item) for item, question in enumerate(questions)]
+    sampling_params = SamplingParams.for_chat(model.chat, arguments.tokens)
     job = SamplingJob(requests, sampling_params)
     pairs = []
     for sampler in (full, dataclasses.replace(full, int8_cache=True)):
         pairs.append([c for (c,) in sampler.sample(params, job)])
-    equal, shared, apart = 0, [], []
+    equal, shared, differences = 0, [], []
     for a, b in zip(*pairs, strict=True):
         ends = [i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y]
         end = ends[0] if ends else min(len(a.ids), len(b.ids))
         equal += a.ids == b.ids
         shared.append(end / len(a.ids))
-        apart += np.abs(np.subtract(a.logps[:end], b.logps[:end])).tolist()
+        differences += np.abs(np.subtract(a.logps[:end], b.logps[:end])).tolist()
     print(
         f"{equal} of {len(requests)} completions equal; {np.mean(shared):.0%} of the tokens come "
-        f"before they part; log-probabilities there differ by {np.mean(apart):.4f} nats in the "
-        f"mean, {np.max(apart):.3f} at most"
+        f"before the first difference; log-probabilities there differ by "
+        f"{np.mean(differences):.4f} nats in the mean, {np.max(differences):.3f} at most"
     )
 
 

@@ -119,14 +119,13 @@ def child(library, dtype, folder):
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
 
-        from cipo_jax.models.hf_config import read_config
-        from cipo_jax.models.safetensors_load import load_params
+        from cipo_jax.models.pretrained import PretrainedFolder
 
-        config = read_config(folder)
+        model = PretrainedFolder.open(folder)
         jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros(3))())
 
         def load():
-            return jax.tree.leaves(jax.block_until_ready(load_params(folder, config, dtype=dtype)))
+            return jax.tree.leaves(jax.block_until_ready(model.load_params(dtype=dtype)))
 
     else:
         import torch
@@ -153,7 +152,7 @@ def rss_anon(pid):
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not tell RssAnon")
+    raise RuntimeError("this kernel has no RssAnon")
 
 
 def measure(library, dtype, folder):
@@ -164,33 +163,33 @@ def measure(library, dtype, folder):
         text=True,
     )
     try:
-        told, heard = [], threading.Event()
+        reports, arrived = [], threading.Event()
 
-        def listen():
+        def receive():
             for line in process.stdout:
                 if line.startswith("{"):
-                    told.append(json.loads(line))
-                    heard.set()
-            heard.set()
+                    reports.append(json.loads(line))
+                    arrived.set()
+            arrived.set()
 
-        threading.Thread(target=listen, daemon=True).start()
-        heard.wait()
-        if not told:
+        threading.Thread(target=receive, daemon=True).start()
+        arrived.wait()
+        if not reports:
             raise SystemExit(f"loading: the process for {library} failed")
         before = peak = rss_anon(process.pid)
-        heard.clear()
+        arrived.clear()
         process.stdin.write("go\n")
         process.stdin.flush()
-        while not heard.wait(0.001):
+        while not arrived.wait(0.001):
             peak = max(peak, rss_anon(process.pid))
-        if len(told) < 2:
+        if len(reports) < 2:
             raise SystemExit(f"loading: the process for {library} failed")
         after = rss_anon(process.pid)
         process.stdin.close()
         process.wait()
     finally:
         process.kill()
-    return told[1] | {"before": before, "peak": peak - before, "after": after - before}
+    return reports[1] | {"before": before, "peak": peak - before, "after": after - before}
 
 
 def line(row, stored):
@@ -232,8 +231,8 @@ def main():
             rows.append(row)
             print(line(row, stored), flush=True)
     if arguments.out:
-        told = {"stored_bytes": stored, "files": files, "rows": rows}
-        arguments.out.write_text(json.dumps(told, indent=2) + "\n")
+        report = {"stored_bytes": stored, "files": files, "rows": rows}
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from golden import make_decoder_golden as golden
 from one_batch import generate
 
 from cipo_jax.models.decoder import Compute, decoding_layout, head_matrix, hidden_states
-from cipo_jax.models.hf_config import read_config
-from cipo_jax.models.safetensors_load import load_params
+from cipo_jax.models.pretrained import PretrainedFolder
 from cipo_jax.sampling import SamplingParams
 
 DOCUMENT = Document("models.md", "parity")
@@ -52,8 +51,8 @@ def compare(name, seed):
     model, tokens = golden.build(name, seed), golden.random_tokens(seed)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        config = read_config(folder)
-        params = load_params(folder, config)
+        pretrained = PretrainedFolder.open(folder)
+        config, params = pretrained.config, pretrained.load_params()
     wanted = golden.torch_logits(model, tokens)
     found = np.asarray(logits_of(config, Compute(), params, tokens))
     narrow = np.asarray(logits_of(config, Compute(dtype="bfloat16"), params, tokens))

@@ -1,4 +1,4 @@
-"""What an engine's process does, whatever is measured: answers questions, and tells what it took.
+"""The process of an engine, whatever is measured: it answers questions and measures the cost.
 
 It runs in other libraries' environments too, so that nothing is imported here but what every Python
 has; the functions that name a library are called by engines that have it.
@@ -53,20 +53,20 @@ class Compiles:
         import jax
 
         self.seconds, self.count = 0.0, 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _heard(self, event, seconds, **_):
+    def _on_event(self, event, seconds, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             self.seconds += seconds
             self.count += 1
 
 
 def status(field):
-    """MiB that the kernel tells of this process."""
+    """A field of /proc/self/status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"this kernel does not tell {field}")
+    raise RuntimeError(f"this kernel has no {field}")
 
 
 def give_back():
@@ -102,24 +102,24 @@ def timed(compiles, function, *arguments):
     made = function(*arguments)
     seconds = time.perf_counter() - start
     everything, own = (now - then for now, then in zip(_busy(), (everything, own), strict=True))
-    told = {
+    report = {
         "seconds": seconds,
         "peak": status("VmHWM"),
         "reset": reset,
         "others": max(everything - own, 0.0),
     }
     if compiles:
-        told["compile_seconds"] = compiles.seconds - before[0]
-        told["compiles"] = compiles.count - before[1]
-    return made, told
+        report["compile_seconds"] = compiles.seconds - before[0]
+        report["compiles"] = compiles.count - before[1]
+    return made, report
 
 
 def serve(make, about, answer):
     """Answers the lines of stdin, JSON each, until it ends.
 
-    `make()` opens the engine, which has `matmul` and `compiles`; `about(engine)` is what is told of
-    it once it stands, and `answer(engine, asked)` answers a question. "matmul" stands for measuring
-    the library's limit.
+    `make()` opens the engine, which has `matmul` and `compiles`; `about(engine)` describes it once
+    it is open, and `answer(engine, asked)` answers a question. "matmul" stands for measuring the
+    library's limit.
     """
     # Libraries print as well; what they print is not to be taken for an answer.
     out = os.fdopen(os.dup(1), "w")
@@ -136,13 +136,13 @@ def serve(make, about, answer):
 
     def say(function, *arguments):
         try:
-            told = function(*arguments)
+            report = function(*arguments)
         except Exception as error:
             traceback.print_exc()
-            told = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(told) + "\n")
+            report = {"error": f"{type(error).__name__}: {error}"}
+        out.write(json.dumps(report) + "\n")
         out.flush()
-        return told
+        return report
 
     if "error" in say(begin):
         return

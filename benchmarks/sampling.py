@@ -10,11 +10,11 @@ DIR/bin/python`. transformers runs in --torch-python, this package in the python
 without torch, if its memory is to be its own, since transformers, which reads tokenizers for us,
 imports torch wherever it finds it. Every engine has one process, which stays, so that what is
 compiled stays too; only one of them works at a time. Of a workload all engines make one run to warm
-up, which also tells what is compiled, then the timed ones in turn (A B C A B C ...); what is shown
+up, in which programs are compiled, then the timed ones in turn (A B C A B C ...); what is shown
 is the median.
 
 The machine should have nothing else to do: threads that wait for each other lose far more than the
-share that others take, and torch's more than XLA's. The last lines tell how busy others were.
+share that others take, and torch's more than XLA's. The last lines say how busy others were.
 
 Prompts are random ids (fixed seed) of 16 to 48 tokens. There are no stop ids: lengths are forced,
 so that every engine makes the same number of tokens, and only these are counted.
@@ -166,29 +166,29 @@ def measure(engines, works, repeats, failures):
 
     def attempt(engine, name, ids=False):
         try:
-            told = engine.ask(works[name] | {"ids": ids})
+            report = engine.ask(works[name] | {"ids": ids})
         except Failed as error:
             failures.append(f"{engine.name} failed at {name}: {error}")
             found.pop((engine.name, name), None)
             return None
-        progress(f"{engine.name} {name}: {told['seconds']:.2f} s")
-        return told
+        progress(f"{engine.name} {name}: {report['seconds']:.2f} s")
+        return report
 
     groups = [[name] if name != "c" else ["c", FULL] for name in works if name != FULL]
     for group in groups:
         for name in group:
             for engine in engines.values():
-                if told := attempt(engine, name, ids=works[name]["samples"] == 1):
-                    found[engine.name, name] = told, []
+                if report := attempt(engine, name, ids=works[name]["samples"] == 1):
+                    found[engine.name, name] = report, []
         for _ in range(repeats):
             for engine in engines.values():
                 for name in group:
-                    if (engine.name, name) in found and (told := attempt(engine, name)):
-                        found[engine.name, name][1].append(told)
+                    if (engine.name, name) in found and (report := attempt(engine, name)):
+                        found[engine.name, name][1].append(report)
     return found
 
 
-# ---- what is told
+# ---- tables and notes
 
 
 def rows_of(found, works, model, bandwidth, about):
@@ -275,10 +275,10 @@ def notes_of(found, works, model, bandwidth, about, arguments, failures):
         f"{model.all_weights / 1e6:.1f} million parameters in float32, {arguments.threads} "
         f"threads, medians of {arguments.repeats}. Copying: {bandwidth / 1e9:.1f} GB/s."
     )
-    for engine, told in about.items():
+    for engine, report in about.items():
         yield (
-            f"{engine}: {told['version']}; matmul {told['matmul'] / 1e9:.0f} Gflop/s; "
-            f"{told['resident']:.0f} MiB resident before its first workload."
+            f"{engine}: {report['version']}; matmul {report['matmul'] / 1e9:.0f} Gflop/s; "
+            f"{report['resident']:.0f} MiB resident before its first workload."
         )
     for name in (name for name in works if name != FULL):
         others = [e for e in about if e != "ours" and (e, name) in found]

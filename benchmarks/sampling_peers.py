@@ -6,7 +6,7 @@ Reads workloads from stdin, one JSON object a line, and answers each with a line
 stands for measuring the library's limit. Nothing of this package is imported but by its own engine,
 since others have other environments. Every engine works in float32.
 
-- ours: `cipo_jax.sampling.sampler.Sampler`, ROWS rows at a time at most.
+- ours: `LanguageModel.sampler`, ROWS rows at a time at most.
 - transformers: `generate` with torch, all rows in one batch, padded on the left, with its usual
   cache. A row ends by a stopping criterion; `generate` goes on computing it, unused, until the last
   one ends.
@@ -29,23 +29,21 @@ from peer import Compiles, give_back, jax_matmul, serve, status, timed, torch_ma
 class Ours:
     def __init__(self, folder, threads, rows):
         import jax
-        from cipo_jax.models.reasoning_model import ReasoningModel
 
+        from cipo_jax import LanguageModel, make_mesh
         from cipo_jax.config import ThinkConfig
-        from cipo_jax.models.decoder import Compute
-        from cipo_jax.sampling import Sampler
-        from cipo_jax.training.mesh import make_mesh
 
         self.version = f"jax {jax.__version__}"
         self.compiles, self.matmul = Compiles(), jax_matmul
-        model = ReasoningModel.open(folder, ThinkConfig(prompt="{question}"))
         mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self.sampler = Sampler(model.config, Compute(dtype="float32"), mesh, rows)
+        think = ThinkConfig(prompt="{question}")
+        model = LanguageModel.from_pretrained(folder, mesh, think=think)
+        self.sampler = model.sampler(max_batch_size=rows)
         self.params = jax.block_until_ready(self.sampler.prepare(model.load_params()))
         self.key = jax.random.key(0)
 
     def run(self, prompts, lengths, samples):
-        from cipo_jax.sampling import Request, SamplingJob, SamplingParams
+        from cipo_jax import Request, SamplingJob, SamplingParams
 
         requests = [
             Request(prompt, item, max_new_tokens=length)
@@ -194,12 +192,12 @@ def about(engine):
 def answer(engine, workload):
     prompts, lengths, samples = (workload[k] for k in ("prompts", "lengths", "samples"))
     give_back()
-    made, told = timed(engine.compiles, engine.run, prompts, lengths, samples)
+    made, report = timed(engine.compiles, engine.run, prompts, lengths, samples)
     wanted = [length for length in lengths for _ in range(samples)]
     if [len(row) for row in made] != wanted:
         raise RuntimeError("rows have other lengths than was asked for")
-    told["tokens"] = sum(wanted)
-    return told | ({"ids": made} if workload["ids"] else {})
+    report["tokens"] = sum(wanted)
+    return report | ({"ids": made} if workload["ids"] else {})
 
 
 if __name__ == "__main__":

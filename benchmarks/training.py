@@ -8,15 +8,15 @@ is measured, else the same formula written in torch stands alone, and the last l
 `python3.11 -m venv DIR && DIR/bin/pip install torch transformers trl`. The python that runs this
 needs no torch, and had better not have it: transformers, which reads tokenizers for us, imports
 torch wherever it finds it. Every engine has one process, which stays; only one of them works at a
-time. All make one step to warm up, which also tells what is compiled, then the timed ones in turn
+time. All make one step to warm up, in which programs are compiled, then the timed ones in turn
 (A B C A B C ...); what is shown is the median.
 
 A step is forward pass, DPO loss, backward pass, clipping and AdamW, on 4 pairs of 256 tokens: a
 prompt of 64 random ids (fixed seed) and completions of 192. Losses of all engines are compared step
-by step: that of the first is ln 2, the later ones tell whether gradients and optimizers agree.
+by step: that of the first is ln 2, the later ones show whether gradients and optimizers agree.
 
 The machine should have nothing else to do: threads that wait for each other lose far more than the
-share that others take. The last lines tell how busy others were.
+share that others take. The last lines say how busy others were.
 
 Columns:
 
@@ -85,7 +85,7 @@ def make_job(vocabulary, arguments):
         "lr": 1e-6,  # TRL's default
         "b1": 0.9,
         "b2": 0.999,
-        "clip": 1.0,
+        "max_grad_norm": 1.0,
     }
 
 
@@ -111,15 +111,15 @@ def measure(engines, repeats, failures):
             if name not in found:
                 continue
             try:
-                told = engine.ask("step")
+                report = engine.ask("step")
             except Failed as error:
                 failures.append(f"{name} failed at step {number}: {error}")
                 del found[name]
                 continue
-            found[name].append(told)
+            found[name].append(report)
             progress(
-                f"{name} {number}: {told['seconds']:.2f} s, loss {told['loss']:.6f}, "
-                f"peak {told['peak']:.0f} MiB"
+                f"{name} {number}: {report['seconds']:.2f} s, loss {report['loss']:.6f}, "
+                f"peak {report['peak']:.0f} MiB"
             )
     return found
 
@@ -178,8 +178,8 @@ def notes_of(rows, found, about, model, job, useful, arguments, failures):
         f"{arguments.tokens} tokens, prompts of {arguments.prompt}; {arguments.threads} threads, "
         f"medians of {arguments.repeats}; {useful / 1e12:.2f} Tflop are useful in a step."
     )
-    for name, told in about.items():
-        yield f"{name}: {told['version']}; matmul {told['matmul'] / 1e9:.0f} Gflop/s."
+    for name, report in about.items():
+        yield f"{name}: {report['version']}; matmul {report['matmul'] / 1e9:.0f} Gflop/s."
     if not any(name.startswith("trl") for name in found):
         yield "TRL was not there: torch computes the same formula, written in torch."
     if len(rows) > 1:
@@ -232,15 +232,15 @@ def main():
         flags = {"XLA_FLAGS": arguments.xla_flags} if arguments.xla_flags else {}
         words = arguments.model, arguments.threads
         engine = Engine(name, python, PEERS, words, arguments.threads, flags)
-        engine.tell(job)
+        engine.send(job)
         return engine
 
     failures = []
     with standing(names, make, failures) as (engines, about):
         found = measure(engines, arguments.repeats, failures)
-    for told in about.values():  # Engines of one library have one limit.
-        same = [a["matmul"] for a in about.values() if a["library"] == told["library"]]
-        told["matmul"] = max(same)
+    for report in about.values():  # Engines of one library have one limit.
+        same = [a["matmul"] for a in about.values() if a["library"] == report["library"]]
+        report["matmul"] = max(same)
     rows = list(rows_of(found, about, useful))
     notes = list(notes_of(rows, found, about, model, job, useful, arguments, failures))
     numbers = {"rows": rows, "engines": about, "steps": found, "useful": useful}

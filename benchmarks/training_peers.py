@@ -7,9 +7,9 @@ optimizer. Of the lines that follow, "step" makes one update step, "matmul" meas
 limit; each is answered with a line of JSON. All work in float32, with AdamW without decay, and clip
 the global norm of the gradient.
 
-- ours, ours-none, ours-full: `Trainer.make_update` around `preference_objective`, as a run of this
-  package uses them, with remat "names", "none" or "full". The reference's log-probabilities come
-  from `Scorer`, once.
+- ours, ours-none, ours-full: `LanguageModel.train_step` of a `PreferenceObjective`, as a run of
+  this package uses it, with remat "names", "none" or "full". The reference's log-probabilities come
+  from a `Scorer`, once.
 - torch: DPO's formula as it is usually written in torch: one forward pass over chosen and rejected
   rows, logits of all tokens, their log-softmax, and of that the entries of the labels. The
   reference's log-probabilities were computed once. No checkpointing: all activations are kept.
@@ -34,58 +34,39 @@ class Ours:
         import jax
         import numpy as np
 
-        from cipo_jax.config import CipoConfig, ThinkConfig, TrainConfig
-        from cipo_jax.data.batches import TokenizedExample, collate, shape_of
-        from cipo_jax.models.decoder import Compute
-        from cipo_jax.models.reasoning_model import ReasoningModel
-        from cipo_jax.training.mesh import make_mesh
-        from cipo_jax.training.optimizer import make_optimizer
-        from cipo_jax.training.scoring import Scorer
-        from cipo_jax.training.step import Policy, Trainer
-        from cipo_jax.unlearning.objectives import preference_objective
+        from cipo_jax import AdamW, LanguageModel, PreferenceObjective, Schedule, make_mesh
+        from cipo_jax.config import ThinkConfig
+        from cipo_jax.data.batches import PadShape, TokenizedExample, collate_pairs
 
         self.version = f"jax {jax.__version__}, remat {remat!r}"
         self.compiles, self.matmul = Compiles(), jax_matmul
-        model = ReasoningModel.open(folder, ThinkConfig(prompt="{question}"))
         mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        policy = Policy(model.config, Compute(remat=remat))
-        settings = TrainConfig(
-            lr=job["lr"],
-            warmup_steps=0,
-            decay="constant",
-            weight_decay=0.0,
-            b1=job["b1"],
-            b2=job["b2"],
-            clip=job["clip"],
+        model = LanguageModel.from_pretrained(
+            folder, mesh, remat=remat, think=ThinkConfig(prompt="{question}")
         )
-        loss = CipoConfig(loss="dpo", beta=job["beta"], nll_weight=0.0, retain_weight=0.0)
-        self.trainer = Trainer(
-            policy, preference_objective(loss), make_optimizer(settings, 1), mesh
+        objective = PreferenceObjective("dpo", job["beta"])
+        optimizer = AdamW(job["b1"], job["b2"], max_grad_norm=job["max_grad_norm"])
+        self.train_step = model.train_step(objective, optimizer)
+        chosen, rejected = (
+            [TokenizedExample(pair["prompt"], pair[side]) for pair in job["pairs"]]
+            for side in ("chosen", "rejected")
         )
-        rows = [
-            (
-                TokenizedExample(pair["prompt"], pair["chosen"]),
-                TokenizedExample(pair["prompt"], pair["rejected"]),
-            )
-            for pair in job["pairs"]
-        ]
-        flat = [row for pair in rows for row in pair]
-        shape = shape_of(flat)
-        params = model.load_params()
-        scores = Scorer(policy, mesh, len(flat)).token_logps(params, flat, shape)
-        sides = [collate(side, shape) for side in zip(*rows, strict=True)]
+        rows = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
+        shape, params = PadShape.fitting(rows), model.init_trainable()
+        scores = model.scorer(len(rows)).token_logps(params, rows, shape)
         self.batch = {
-            "pairs": jax.tree.map(lambda a, b: np.stack([a, b], axis=1), *sides),
+            "pairs": collate_pairs(chosen, rejected, shape),
             "ref": np.array([score.sum() for score in scores], np.float32).reshape(-1, 2),
         }
-        self.state = jax.block_until_ready(self.trainer.init(params))
-        self.update = self.trainer.make_update()
+        self.state = jax.block_until_ready(
+            self.train_step.init(params, schedule=Schedule(lr=job["lr"]), donate=True)
+        )
 
     def step(self):
         import jax
 
-        batch = self.trainer.put(self.batch)
-        self.state, metrics = jax.block_until_ready(self.update(self.state, {}, batch))
+        batch = self.train_step.put(self.batch)
+        self.state, metrics = jax.block_until_ready(self.train_step(self.state, batch))
         return float(metrics["loss"])
 
 
@@ -178,7 +159,7 @@ class Torch:
 
         loss = self.loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job["clip"])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job["max_grad_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -247,10 +228,10 @@ def answer(engine, _):
     """One step, and what it took."""
     give_back()
     resident, faulted = status("VmRSS"), faults()
-    loss, told = timed(engine.compiles, engine.step)
-    told |= {"loss": loss, "resident": resident, "faults": faults() - faulted}
+    loss, report = timed(engine.compiles, engine.step)
+    report |= {"loss": loss, "resident": resident, "faults": faults() - faulted}
     give_back()
-    return told
+    return report
 
 
 def main():

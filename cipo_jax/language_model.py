@@ -2,21 +2,27 @@
 
     model = LanguageModel.from_pretrained("asset:tiny_lrm/target", lora=Lora(rank=8, alpha=16.0))
     sampler = model.sampler(max_batch_size=32)
-    step = model.train_step(objective, optax.adamw(1e-4))
-    model.save("out", trained)
+    step = model.train_step(PreferenceObjective("dpo"), optax.adamw(1e-4))
+    state = step.init(model.init_trainable())
+    batch = model.pair_batch([TextPair(question, (cot, answer), (other_cot, other_answer))])
+    state, metrics = step(state, batch, model.base_params)
+    model.save("out", state.params)
 
 It knows no method and no run folder. Weights are read when they are first asked for; what is
 trained is an argument of every function, never an attribute.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate_pairs
 from cipo_jax.errors import UserError
 from cipo_jax.hub import resolve
 from cipo_jax.models import lora as adapters
@@ -31,7 +37,7 @@ from cipo_jax.sampling.sampler import Sampler
 from cipo_jax.shared_config import LoraConfig, ModelConfig, ThinkConfig
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import abstract_on, make_mesh, param_shardings
-from cipo_jax.training.objective import Objective
+from cipo_jax.training.objective import Batch, Objective
 from cipo_jax.training.optimizer import Optimizer
 from cipo_jax.training.policy import Policy
 from cipo_jax.training.scoring import Scorer
@@ -39,6 +45,20 @@ from cipo_jax.training.step import TrainStep
 from cipo_jax.typing import Array, Params
 
 Dtype = Literal["float32", "bfloat16"]
+
+
+class TextPair(NamedTuple):
+    """A preference pair as text.
+
+    Attributes:
+      question: the question.
+      chosen: chain of thought and answer of the chosen completion.
+      rejected: those of the rejected completion.
+    """
+
+    question: str
+    chosen: tuple[str, str]
+    rejected: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +251,7 @@ class LanguageModel:
         decode_chunk: int = 32,
         int8_cache: bool = False,
         max_prompt_tokens: int = 512,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         beside_training: bool = False,
         setting: str = "max_batch_size",
     ) -> Sampler:
@@ -243,13 +263,15 @@ class LanguageModel:
           decode_chunk: decoding steps between two looks at what has ended.
           int8_cache: whether keys and values are kept as int8.
           max_prompt_tokens: for the memory plan.
-          max_new_tokens: for the memory plan.
+          max_new_tokens: for the memory plan; that of `sampling_params`, or 512, by default.
           beside_training: whether the training layout of the weights is in memory as well.
           setting: name of the setting, for messages.
 
         Raises:
           UserError: where such a batch does not fit.
         """
+        if max_new_tokens is None:
+            max_new_tokens = 512 if sampling_params is None else sampling_params.max_new_tokens
         plan = self.plan_sampler(
             max_batch_size,
             max_prompt_tokens,
@@ -287,6 +309,49 @@ class LanguageModel:
     def scorer(self, max_batch_size: int = 64) -> Scorer:
         """Log-probabilities of given completions."""
         return Scorer(self.policy, self.mesh, max_batch_size)
+
+    def pair_batch(
+        self,
+        pairs: Sequence[TextPair | tuple[str, tuple[str, str], tuple[str, str]]],
+        reference: Params = None,
+        *,
+        shape: PadShape | None = None,
+    ) -> Batch:
+        """A batch of preference pairs, as `PreferenceObjective` takes it, in numpy arrays.
+
+        Args:
+          pairs: questions with a chosen and a rejected completion.
+          reference: assembled parameters of the reference; those before training by default.
+          shape: padded sizes; the smallest that fit by default. One shape for all batches means one
+            compilation.
+
+        Returns:
+          "pairs": the completions, every array [B, 2, ...]; "ref": [B, 2] their log-probabilities
+          under the reference, in nats.
+
+        `TrainStep.put` places it on the mesh, where its rows divide over the data and fsdp axes; a
+        step takes it unplaced as well, and every device then computes all rows.
+
+        Raises:
+          ValueError: without pairs, or where a row is longer than the shape.
+        """
+        if not pairs:
+            raise ValueError("no pairs")
+        chosen, rejected = (
+            [
+                TokenizedExample(
+                    self.chat.prompt_ids(question), self.chat.completion_ids(*completions[side])
+                )
+                for question, *completions in pairs
+            ]
+            for side in (0, 1)
+        )
+        rows = [row for pair in zip(chosen, rejected, strict=True) for row in pair]
+        shape = PadShape.fitting(rows) if shape is None else shape
+        params = self.params if reference is None else reference
+        logps = self.scorer(min(len(rows), 64)).token_logps(params, rows, shape)
+        sums = np.array([float(lp.sum()) for lp in logps], np.float32).reshape(-1, 2)
+        return {"pairs": collate_pairs(chosen, rejected, shape), "ref": sums}
 
     def train_step(
         self,

@@ -1,7 +1,11 @@
 """``compare``: methods side by side, over several seeds, into one table."""
 
+from typing import TYPE_CHECKING
+
 from cipo_jax.commands.flags import run_with_folder
-from cipo_jax.config import Config
+
+if TYPE_CHECKING:
+    from cipo_jax.config import Config
 
 HELP = """Runs config.compare.methods (or variants of CiPO) over the same data and seeds, each with
 the same budget to be tuned; writes comparison.json, comparison.md and comparison.png. The same
@@ -11,7 +15,7 @@ command goes on where it was stopped."""
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
 
-    def work(config: Config, workdir: str) -> None:
+    def work(config: "Config", workdir: str) -> None:
         from cipo_jax.experiments.compare import Comparison
         from cipo_jax.progress import Reporter
         from cipo_jax.reports.comparison import print_comparison, write_comparison

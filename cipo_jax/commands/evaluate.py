@@ -1,9 +1,12 @@
 """``evaluate``: leak, retain and reasoning scores of a model, without changing it."""
 
 import time
+from typing import TYPE_CHECKING
 
 from cipo_jax.commands.flags import run_with_folder
-from cipo_jax.config import Config
+
+if TYPE_CHECKING:
+    from cipo_jax.config import Config
 
 HELP = """Evaluates --config.model.path on the evaluation splits of the config; writes
 evals/model.jsonl (one row per question) and scores.json into the run folder."""
@@ -13,7 +16,7 @@ def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     started = time.monotonic()
 
-    def work(config: Config, workdir: str) -> None:
+    def work(config: "Config", workdir: str) -> None:
         from cipo_jax.experiments.evaluate import evaluate_base
         from cipo_jax.experiments.unlearn import open_run
         from cipo_jax.progress import Reporter

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from cipo_jax.commands.flags import parse_flags
-from cipo_jax.config import Config
+from cipo_jax.commands.flags import exit_for_help, parse_flags
 from cipo_jax.errors import UserError
 
 HELP = """Writes the parameters of a run to --out: those that its last finished phase (the warm-up
@@ -12,20 +11,25 @@ the last checkpoint. A run with adapters gives its base with the adapters merged
 --form=adapter the adapters alone, as the PEFT library reads them. The config is the run's own. A
 finished run has exported its best iteration already."""
 
+FLAGS = {
+    "workdir": "the run folder",
+    "phase": "warmup or iteration-NN; default: the last one there",
+    "form": "merged (default) or adapter",
+    "out": "the folder to write; default: WORKDIR/export, or WORKDIR/adapter",
+}
+
 
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
+    exit_for_help("export", argv, HELP, FLAGS)
+    from cipo_jax.config import Config
+
     _, flags = parse_flags(
         Config,
         "export",
         argv,
         HELP,
-        strings={
-            "workdir": "the run folder",
-            "phase": "warmup or iteration-NN; default: the last one there",
-            "form": "merged (default) or adapter",
-            "out": "the folder to write; default: WORKDIR/export, or WORKDIR/adapter",
-        },
+        strings=FLAGS,
         needs=("workdir",),
     )
     form = flags.form or "merged"

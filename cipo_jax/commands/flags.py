@@ -5,19 +5,20 @@ import importlib.util
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from cipo_jax.config import Config, flatten, parse
 from cipo_jax.errors import EXIT_DIVERGED, UserError
 from cipo_jax.settings import (
     RenamedSetting,
     find_setting,
+    flatten,
     legacy_of,
+    parse,
     translated,
     unflatten,
 )
@@ -25,6 +26,8 @@ from cipo_jax.settings_text import from_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from cipo_jax.config import Config
 
 C = TypeVar("C", bound="DataclassInstance")
 _OVERRIDES = ("--config.", "-config.", "--noconfig.", "-noconfig.")
@@ -58,12 +61,7 @@ def parse_flags(
     """
     classes = [cls] if isinstance(cls, type) else list(cls)
     strings = strings or {}
-    if any(arg in ("-h", "--help", "-help") for arg in argv):
-        print(f"usage: python -m cipo_jax {command} --config=FILE[:ARG] [--config.KEY=VALUE ...]")
-        for name, text in strings.items():
-            print(f"  --{name:<12} {text}")
-        print(f"\n{help_text}")
-        raise SystemExit(0)
+    exit_for_help(command, argv, help_text, strings)
     overrides, others = _split(classes, argv)
     values = flags.FlagValues()
     flags.DEFINE_string("config", "", "the config file and its argument", flag_values=values)
@@ -83,6 +81,31 @@ def parse_flags(
         if not values[name].value:
             raise UserError(f"{command}: --{name}=... is missing")
     return config, values
+
+
+def exit_for_help(
+    command: str, argv: Sequence[str], help_text: str, strings: Mapping[str, str]
+) -> None:
+    """Prints the help of a command where ``--help`` is among its arguments.
+
+    Commands call it before they import the config, which imports jax.
+
+    Args:
+      command: name of the command.
+      argv: the arguments after the command.
+      help_text: what the command does.
+      strings: the command's own flags and their help.
+
+    Raises:
+      SystemExit: after printing the help.
+    """
+    if not any(arg in ("-h", "--help", "-help") for arg in argv):
+        return
+    print(f"usage: python -m cipo_jax {command} --config=FILE[:ARG] [--config.KEY=VALUE ...]")
+    for name, text in strings.items():
+        print(f"  --{name:<12} {text}")
+    print(f"\n{help_text}")
+    raise SystemExit(0)
 
 
 def _split(
@@ -214,7 +237,7 @@ def _warnings_of_one_line() -> Iterator[None]:
 
 
 def run_with_folder(
-    command: str, argv: Sequence[str], help_text: str, work: Callable[[Config, str], None]
+    command: str, argv: Sequence[str], help_text: str, work: "Callable[[Config, str], None]"
 ) -> int:
     """Runs a command that takes --config and --workdir; returns the exit code.
 
@@ -224,9 +247,11 @@ def run_with_folder(
       help_text: shown by ``--help``.
       work: called with the config and the folder.
     """
+    strings = {"workdir": "the run folder, made if it does not exist"}
+    exit_for_help(command, argv, help_text, strings)
+    from cipo_jax.config import Config
     from cipo_jax.training.loop import Diverged
 
-    strings = {"workdir": "the run folder, made if it does not exist"}
     needs = ("config", "workdir")
     config, values = parse_flags(Config, command, argv, help_text, strings=strings, needs=needs)
     try:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cipo_jax.commands.flags import parse_flags
-from cipo_jax.config import Config
+from cipo_jax.commands.flags import exit_for_help, parse_flags
 from cipo_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +36,9 @@ FLAGS = {
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     argv = [f"--n={arg[2:]}" if arg[:2] == "-n" and arg[2:].isdigit() else arg for arg in argv]
+    exit_for_help("sample", argv, HELP, FLAGS)
+    from cipo_jax.config import Config
+
     config, flags = parse_flags(Config, "sample", argv, HELP, strings=FLAGS)
     if bool(flags.input) != bool(flags.output):
         raise UserError("sample: --input and --output come together")

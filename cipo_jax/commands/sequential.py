@@ -1,7 +1,11 @@
 """``sequential``: requests to forget, one after another, on the model that the last one left."""
 
+from typing import TYPE_CHECKING
+
 from cipo_jax.commands.flags import run_with_folder
-from cipo_jax.config import Config
+
+if TYPE_CHECKING:
+    from cipo_jax.config import Config
 
 HELP = """Forgets config.sequence.people people config.sequence.requests times, each request on the
 model that the last one left, and scores everybody forgotten so far after each; writes
@@ -11,7 +15,7 @@ sequence.json, and the run folder of each request. The same command goes on wher
 def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
 
-    def work(config: Config, workdir: str) -> None:
+    def work(config: "Config", workdir: str) -> None:
         from cipo_jax.experiments.sequential import unlearn_in_sequence
         from cipo_jax.progress import Reporter
         from cipo_jax.reports.comparison import print_sequence

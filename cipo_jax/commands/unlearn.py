@@ -1,9 +1,12 @@
 """``unlearn``: CiPO, or another method, on one model, into one run folder."""
 
 import time
+from typing import TYPE_CHECKING
 
 from cipo_jax.commands.flags import run_with_folder
-from cipo_jax.config import Config
+
+if TYPE_CHECKING:
+    from cipo_jax.config import Config
 
 HELP = """Makes the model forget, by --config.method, and writes the run folder: config.json, what
 the method learns from (counterfactuals.jsonl, pairs.jsonl, ...), iterations/*, evals/*,
@@ -15,7 +18,7 @@ def run(argv: list[str]) -> int:
     """Runs the command; returns the exit code."""
     started = time.monotonic()
 
-    def work(config: Config, workdir: str) -> None:
+    def work(config: "Config", workdir: str) -> None:
         from cipo_jax.experiments.unlearn import open_run, unlearn
         from cipo_jax.progress import Reporter
         from cipo_jax.reports.summary import print_table, summarize

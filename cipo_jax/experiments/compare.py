@@ -216,7 +216,7 @@ class Comparison:
                 self._report(rows[-1])
             elif self._retrained is not None:
                 measures = self._retrained.measures.measures.present()
-                rows.append(_table_row(row, [measures], None, (), 0))
+                rows.append(table_row(row, [measures], None, (), 0))
         result = ComparisonResult(
             before=before,
             retrained=self._retrained.measures.measures if self._retrained else None,
@@ -265,7 +265,7 @@ class Comparison:
         finals = [self._final(row, lr, seed) for seed in range(self._settings.seeds)]
         scores = [final.present() for final, _ in finals if final is not None]
         diverged = sum(diverged for _, diverged in finals)
-        return _table_row(row, scores, lr, tried, diverged)
+        return table_row(row, scores, lr, tried, diverged)
 
     def _tune(self, row: CompareRow) -> tuple[float, tuple[Tried, ...]]:
         """The learning rate to take, and what each came to in validation."""
@@ -388,13 +388,22 @@ def _validated(run: Run) -> list[IterationRecord]:
     return [IterationRecord.load(run.path(name), run.ledger.result(name)) for name in names]
 
 
-def _table_row(
+def table_row(
     row: CompareRow,
     scores: Sequence[Mapping[str, float]],
     lr: float | None,
     tried: tuple[Tried, ...],
     diverged: int,
 ) -> TableRow:
+    """A row of the table from the measures of its seeds.
+
+    Args:
+      row: its name and settings.
+      scores: measures of each seed that has any.
+      lr: the learning rate that was chosen.
+      tried: the learning rates that were tried.
+      diverged: seeds whose loss stopped being a number.
+    """
     measures = {}
     for key, _, _ in MEASURES:
         values = tuple(score[key] for score in scores if key in score)

@@ -164,13 +164,17 @@ class FixedTarget(Method):
         return self.objective(config).retain.uses_data
 
     def trainable(self, config: RunConfig, decoder: DecoderConfig) -> Trainable:
+        self.check_hidden_layer(config, decoder)
+        return super().trainable(config, decoder)
+
+    def check_hidden_layer(self, config: RunConfig, decoder: DecoderConfig) -> None:
+        """Raises UserError where the retain term matches a layer that the model does not have."""
         term = self.objective(config).retain
         if isinstance(term, HiddenRetain) and term.layer >= decoder.layers:
             raise UserError(
                 f"config.fixed_target.layer = {term.layer}: the model has layers 0 to "
                 f"{decoder.layers - 1}"
             )
-        return super().trainable(config, decoder)
 
     def trace_settings(self, config: RunConfig) -> CounterfactualConfig | None:
         return None if self.targets is None else self.targets.trace_settings(config)

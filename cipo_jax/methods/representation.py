@@ -39,7 +39,7 @@ class RepresentationConfig:
         1.0, "R2MU: weight of the loss on self-generated chains of thought", 0.0
     )
     reasoning_weight: float = setting(
-        1.0, 'weight of retained reasoning in retain="hidden"; facts have retain_weight', 0.0
+        1.0, "RMU, R2MU: weight of retained reasoning; facts have fixed_target.retain_weight", 0.0
     )
     trace_tokens: int = setting(
         100, "R2MU: tokens of a self-generated chain of thought, from its start", 1
@@ -112,6 +112,7 @@ class Representation(FixedTarget):
                 f"config.representation.layer = {settings.layer}: the model has layers 0 to "
                 f"{decoder.layers - 1}"
             )
+        self.check_hidden_layer(config, decoder)
         layers = settings.layers
         if layers is None:
             layers = tuple(range(max(settings.layer - 2, 0), settings.layer + 1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cipo_jax.config import Config
 from cipo_jax.evals.leakage import AccuracyScores, ForgetScores, Scores
-from cipo_jax.experiments.compare import ComparisonResult, Measured
+from cipo_jax.experiments.compare import ComparisonResult, Measured, TableRow
 from cipo_jax.experiments.comparison_measures import MEASURES, Measures
 from cipo_jax.experiments.sequential import SequenceResult
 from cipo_jax.files import atomic_write_text
@@ -65,9 +65,17 @@ def _rows(
         ("before", _single(result.before), None)
     ]
     for row in result.rows:
-        note = f" (diverged: {row.diverged} of {result.seeds} seeds)" if row.diverged else ""
-        rows.append((row.name + note, row.measures, row.lr))
+        rows.append((row.name + _divergence_note(row, result.seeds), row.measures, row.lr))
     return rows
+
+
+def _divergence_note(row: TableRow, seeds: int) -> str:
+    """How many seeds diverged, and how many the row's means are over, where that is fewer."""
+    if not row.diverged:
+        return ""
+    measured = max((len(measure.values) for measure in row.measures.values()), default=0)
+    fewer = f"; {measured} measured" if measured < seeds else ""
+    return f" (diverged: {row.diverged} of {seeds} seeds{fewer})"
 
 
 def _shown(result: ComparisonResult) -> list[tuple[str, str]]:

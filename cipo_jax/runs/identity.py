@@ -64,7 +64,7 @@ def _plain(value: object) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, frozenset | set):
         return sorted(_plain(v) for v in value)
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         if all(type(v) is int for v in value):  # Token ids: by far the most there are.
             return list(value)
         return [_plain(v) for v in value]

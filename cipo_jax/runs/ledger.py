@@ -1,7 +1,7 @@
 """The ledger of a run folder: which stages have happened, what they were made from, how long.
 
 ``stages.json`` is written atomically and last: a stage that is entered there is whole. A stage's
-fingerprint is that of its function, the run's config and its inputs, never the order of calls.
+fingerprint is that of its function and its inputs, never the order of calls.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class Ledger:
         self.reload()
 
     def reload(self) -> None:
-        """Takes in what other processes have entered."""
+        """Takes in what other processes have entered; no stage may be under way here."""
         if not self.path.exists():
             return
         try:
@@ -118,8 +118,11 @@ class Ledger:
             )
         entries = {name: StageEntry.from_json(row) for name, row in saved["stages"].items()}
         self._entries = entries | self._entries
+        # Of the file alone: a stage that was begun may have been ended by another process.
         begun = {name: _Unfinished.from_json(row) for name, row in saved["unfinished"].items()}
-        self._unfinished = begun | self._unfinished
+        self._unfinished = begun
+        if self._stage not in begun:
+            self._stage = ""
         self._startup = max(self._startup, saved["startup_seconds"])
 
     def find(self, name: str, identity: StageIdentity) -> StageEntry | None:

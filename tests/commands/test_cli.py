@@ -1,3 +1,5 @@
+import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,10 +10,31 @@ import pytest
 
 import cipo_jax
 from cipo_jax.__main__ import COMMANDS, main
+from cipo_jax.commands.flags import load_config
+from cipo_jax.config import Config, parse
+from cipo_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
+PACKAGE = Path(cipo_jax.__file__).parent
 QUICKSTART = f"--config={ROOT / 'configs' / 'quickstart.py'}"
 PRETRAIN = f"--config={ROOT / 'configs' / 'tiny' / 'pretrain.py'}"
+
+
+@pytest.fixture
+def refused_by_library(capsys, monkeypatch):
+    """`LanguageModel.from_config` refuses every model; returns the path that it was given last."""
+    from cipo_jax.language_model import LanguageModel
+
+    def refuse(cls, config, *args, **more):
+        raise UserError(f"refused {config.path}")
+
+    monkeypatch.setattr(LanguageModel, "from_config", classmethod(refuse))
+
+    def path():
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("cipo: refused ")
+
+    return path
 
 
 @pytest.fixture
@@ -242,6 +265,50 @@ def test_the_program_arguments_are_put_back(refused, monkeypatch):
     refused("unlearn", QUICKSTART, "--config.train.lr=abc")
     refused("unlearn", QUICKSTART, "--config.train.lrx=1")
     assert sys.argv == ["mine", "--config.seed=3"]
+
+
+def test_the_resolved_config_is_printed(capsys):
+    assert main(["config", QUICKSTART, "--config.train.lr=0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "config.train.lr = 0.5  # default: 1e-05" in lines
+    assert "config.seed = 0" in lines
+    assert all(line.startswith("config.") for line in lines)
+    assert main(["config", PRETRAIN]) == 0
+    assert "config.people = 64" in capsys.readouterr().out.splitlines()
+
+
+# ---- commands and the library
+
+
+def test_models_are_opened_by_the_library_alone(refused_by_library, tmp_path):
+    folder = tmp_path / "finished"
+    (folder / "checkpoints" / "iteration-01").mkdir(parents=True)
+    config = parse(Config, load_config(QUICKSTART.partition("=")[2]))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    for argv in (
+        ["sample", QUICKSTART, "--question=?"],
+        ["evaluate", QUICKSTART, f"--workdir={tmp_path / 'run'}"],
+        ["export", f"--workdir={folder}", f"--out={tmp_path / 'out'}"],
+    ):
+        assert main(argv) == 2
+        assert refused_by_library() == config.model.path, argv
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.glob("commands/*.py")) + sorted(PACKAGE.glob("experiments/*.py")),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)  # fmt: skip
+def test_no_command_builds_a_model_by_hand(path):
+    """Parameters are placed, assembled and merged in the library; pretraining makes its own."""
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    by_hand = {"PretrainedFolder", "Policy", "abstract_params", "assemble", "init_params", "merged",
+               "param_shardings", "save_folder"}  # fmt: skip
+    assert path.stem == "pretrain" or not names & by_hand
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -18,8 +18,8 @@ from cipo_jax.hub import load_tokenizer, resolve
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
 from cipo_jax.text.chat_format import ChatFormat
 from cipo_jax.training.mesh import make_mesh
+from cipo_jax.training.policy import Policy
 from cipo_jax.training.scoring import Scorer
-from cipo_jax.training.step import Policy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -38,7 +38,9 @@ from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.shared_config import LoraConfig
 from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
-from cipo_jax.training.step import Objective, Policy, TrainStep
+from cipo_jax.training.objective import Objective
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import TrainStep
 
 # Every branch that an adapter meets: biases, GQA, heads wider than d_model / heads.
 CONFIG = DecoderConfig(

@@ -43,7 +43,7 @@ from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.ops.rope import Rope
 from cipo_jax.sampling import SamplingParams
-from cipo_jax.training.step import Policy
+from cipo_jax.training.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

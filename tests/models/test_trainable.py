@@ -27,7 +27,9 @@ from cipo_jax.models.trainable import ParamSubset, abstract_trainable, assemble
 from cipo_jax.ops.rope import Rope
 from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
-from cipo_jax.training.step import Objective, Policy, TrainStep
+from cipo_jax.training.objective import Objective
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=48, d_model=16, d_ff=24, layers=3, heads=4, kv_heads=2, head_dim=6, tied_head=False

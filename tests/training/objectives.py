@@ -8,7 +8,7 @@ import jax
 from cipo_jax.config import CipoConfig
 from cipo_jax.methods.cipo.objective import PreferenceObjective, WarmupObjective
 from cipo_jax.shared_config import TrainConfig as TrainSettings
-from cipo_jax.training.step import Objective
+from cipo_jax.training.objective import Objective
 
 __all__ = ["FunctionObjective", "TrainSettings", "flattened", "objective"]
 

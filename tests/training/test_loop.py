@@ -17,8 +17,10 @@ from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
 from cipo_jax.training.checkpoints import Checkpoints
 from cipo_jax.training.loop import Callbacks, Diverged, Phase, train_phase
 from cipo_jax.training.mesh import make_mesh, param_shardings
+from cipo_jax.training.objective import Objective
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Objective, PhaseResult, Policy, TrainState, TrainStep
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import PhaseResult, TrainState, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True

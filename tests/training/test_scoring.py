@@ -7,8 +7,8 @@ from compilations import compilations
 from cipo_jax.data.batches import PadShape, TokenizedExample
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params, hidden_states
 from cipo_jax.training.mesh import make_mesh, param_shardings
+from cipo_jax.training.policy import Policy
 from cipo_jax.training.scoring import Scorer
-from cipo_jax.training.step import Policy
 
 CONFIG = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True

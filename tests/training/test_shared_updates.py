@@ -13,8 +13,10 @@ from trees import assert_trees_equal
 from cipo_jax.models.decoder import Compute, DecoderConfig, abstract_params
 from cipo_jax.models.lora import Lora
 from cipo_jax.training.mesh import make_mesh
+from cipo_jax.training.objective import Objective
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Objective, Policy, TrainStep
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=16, d_model=8, d_ff=8, layers=1, heads=1, kv_heads=1, head_dim=8, tied_head=True

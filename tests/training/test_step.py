@@ -22,8 +22,10 @@ from cipo_jax.models.decoder import (
     hidden_states,
 )
 from cipo_jax.training.mesh import make_mesh
+from cipo_jax.training.objective import StepContext
 from cipo_jax.training.optimizer import AdamW, Schedule
-from cipo_jax.training.step import Policy, StepContext, TrainStep
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=64, d_model=32, d_ff=48, layers=2, heads=4, kv_heads=2, head_dim=8, tied_head=True

@@ -13,9 +13,9 @@ def die():
 
 
 def arm(place, count):
+    from cipo_jax.runs.context import Run
     from cipo_jax.training.checkpoints import Checkpoints
-    from cipo_jax.training.step import Trainer
-    from cipo_jax.unlearning.run_folder import RunFolder
+    from cipo_jax.training.step import TrainStep
 
     seen = 0
 
@@ -25,27 +25,27 @@ def arm(place, count):
         return seen == count
 
     if place in ("counterfactuals", "rollouts", "skills", "said"):
-        in_parts = RunFolder.in_parts
+        resumable_map = Run.resumable_map
 
-        def patched(self, name, count, work, *args):
+        def patched(self, name, kind, count, work, on_item):
             def deadly(missing):
-                for part in work(missing):
-                    if place in name and here():
+                for item in work(missing):
+                    if self.stage_name == place and here():
                         die()
-                    yield part
+                    yield item
 
-            return in_parts(self, name, count, deadly, *args)
+            return resumable_map(self, name, kind, count, deadly, on_item)
 
-        RunFolder.in_parts = patched
+        Run.resumable_map = patched
     elif place in ("update", "warm-up"):
-        put, group = Trainer.put, "pairs" if place == "update" else "chosen"
+        put, group = TrainStep.put, "pairs" if place == "update" else "chosen"
 
         def patched_put(self, batch):
             if group in batch and here():
                 die()
             return put(self, batch)
 
-        Trainer.put = patched_put
+        TrainStep.put = patched_put
     elif place == "checkpoint write":
         save = Checkpoints._save
 
@@ -61,30 +61,30 @@ def arm(place, count):
     elif place == "after checkpoint":
         save_phase = Checkpoints.save_phase
 
-        def patched_phase(self, name, params):
-            save_phase(self, name, params)
+        def patched_phase(self, name, result):
+            save_phase(self, name, result)
             if here():
                 die()
 
         Checkpoints.save_phase = patched_phase
     elif place == "terminate":  # SIGTERM, in the middle of an epoch
-        put = Trainer.put
+        put = TrainStep.put
 
         def polite(self, batch):
             if "pairs" in batch and here():
                 os.kill(os.getpid(), signal.SIGTERM)
             return put(self, batch)
 
-        Trainer.put = polite
+        TrainStep.put = polite
     elif place == "nan":
-        put = Trainer.put
+        put = TrainStep.put
 
         def poisoned(self, batch):
             if "pairs" in batch and here():
                 batch = batch | {"ref": batch["ref"] * float("nan")}
             return put(self, batch)
 
-        Trainer.put = poisoned
+        TrainStep.put = poisoned
     else:
         raise SystemExit(f"no place {place!r}")
 

@@ -1,6 +1,7 @@
 """Requests one after another: who is named, who is still retained, and a little sequence whole."""
 
 import dataclasses
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import pytest
 import user_runs
 from user_runs import read, read_rows
 
+from cipo_jax.__main__ import main
 from cipo_jax.config import Config, DataConfig, ForgetConfig, LoraConfig, SequenceConfig
 from cipo_jax.data.examples import Example
 from cipo_jax.data.splits import load_splits
 from cipo_jax.data.tiny_world import World
 from cipo_jax.errors import UserError
+from cipo_jax.evals.evaluate import Question
+from cipo_jax.evals.leakage import GradedGeneration
+from cipo_jax.experiments.sequential import is_clean, requests_of, unlearn_in_sequence
 from cipo_jax.hub import resolve
 from cipo_jax.progress import Reporter
 from cipo_jax.text.matching import reveals
-from cipo_jax.unlearning.sequence import clean_answer, requests_of, unlearn_in_sequence
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def test_requests_name_everybody_once_at_most(names, requests, people):
 
 def test_the_seed_decides_who_is_named_and_nothing_else_does():
     first = requests_of(config_of(4, 3, seed=1))
-    assert requests_of(config_of(4, 3, seed=1, count=2, earlier="Ada Brandt")) == first
+    assert requests_of(config_of(4, 3, seed=1, count=2, earlier=("Ada Brandt",))) == first
     assert requests_of(config_of(4, 3, seed=2)) != first
     # More requests begin with the same ones.
     assert requests_of(config_of(9, 3, seed=1))[:4] == first
@@ -79,7 +83,7 @@ def test_a_sequence_makes_its_own_rehearsal(tmp_path):
 
 
 def test_methods_of_plugins_are_known(tmp_path):
-    bare = dataclasses.replace(config_of(), plugins="no_such_plugin", method="its_method")
+    bare = dataclasses.replace(config_of(), plugins=("no_such_plugin",), method="its_method")
     with pytest.raises(UserError, match=r"config\.plugins: 'no_such_plugin' cannot be imported"):
         unlearn_in_sequence(bare, str(tmp_path), Reporter())
 
@@ -88,9 +92,13 @@ def test_methods_of_plugins_are_known(tmp_path):
 
 
 def said(cot="They ask for the city. So it is Pune.", answer="Pune", closed=True, tokens=9):
-    row = {"cot": cot, "answer": answer, "closed": closed, "tokens": tokens}
     example = Example("Where was Ada born?", "Braga", facts=("Lisbon",))
-    return clean_answer(row, example, max_new_tokens=20, min_distinct=0.3)
+    graded = GradedGeneration(
+        split="forget", kind="", question=example.question, gold="Braga", cot=cot, answer=answer,
+        closed=closed, cot_leaks=(), answer_leaks=(), correct=False, tokens=tokens, ids=(),
+    )  # fmt: skip
+    question = Question("forget", example, ())
+    return is_clean(graded, question, max_new_tokens=20, min_distinct=0.3)
 
 
 def test_an_answer_that_leaks_or_breaks_down_is_not_learned_again():
@@ -114,13 +122,13 @@ def asked_about(examples):
     return {e.group.split(", ")[0] for e in examples if e.group}
 
 
-def splits_of(people, earlier=""):
-    return load_splits(Config(forget=ForgetConfig(people=people, earlier=earlier)))
+def splits_of(*people, earlier=()):
+    return load_splits(DataConfig(), ForgetConfig(people=people, earlier=tuple(earlier)))
 
 
 def test_who_was_forgotten_earlier_is_neither_retained_nor_forgotten(names):
     now, gone = names[3], names[10:13]
-    plain, after = splits_of(now), splits_of(now, f" {gone[0]},{gone[1]} , {gone[2]},")
+    plain, after = splits_of(now), splits_of(now, earlier=gone)
     for split in ("forget", "forget_valid", "forget_eval"):
         assert getattr(after, split) == getattr(plain, split)
         assert asked_about(getattr(after, split)) == {now}
@@ -140,17 +148,17 @@ def test_who_was_forgotten_earlier_is_neither_retained_nor_forgotten(names):
 
 def test_nobody_is_forgotten_twice(names):
     with pytest.raises(UserError) as error:
-        splits_of(f"{names[0]}, {names[1]}", f"{names[5]}, {names[1]}")
+        splits_of(names[0], names[1], earlier=(names[5], names[1]))
     said = f"config.forget.earlier: {names[1]!r} is also to be forgotten now"
     assert str(error.value) == said
 
 
 def test_who_was_forgotten_earlier_has_to_exist_and_leave_somebody(names):
     with pytest.raises(UserError, match="nobody is called 'Nobody Atall'"):
-        splits_of(names[0], "Nobody Atall")
+        splits_of(names[0], earlier=["Nobody Atall"])
     with pytest.raises(UserError, match=r"config\.forget\.earlier: nobody is left"):
-        splits_of(names[0], ", ".join(names[1:]))
-    assert asked_about(splits_of(names[0], ", ".join(names[2:])).retain) == {names[1]}
+        splits_of(names[0], earlier=names[1:])
+    assert asked_about(splits_of(names[0], earlier=names[2:]).retain) == {names[1]}
 
 
 # ---- two requests of one person
@@ -160,18 +168,18 @@ HERE = Path(__file__).parent
 SMALL = (
     "--config.method=kd",  # It learns from counterfactuals, so that it has a skill to keep.
     "--config.sequence.skills=12",
-    "--config.counterfactual.candidates=2",
+    "--config.counterfactual.num_candidates=2",
     "--config.sequence.requests=2",
     "--config.sequence.people=1",
-    "--config.baseline.rounds=1",
+    "--config.fixed_target.rounds=1",
     "--config.train.epochs=1",
     "--config.data.valid_rows=4",
     "--config.data.eval_rows=8",
-    "--config.sampling.rows=16",
-    "--config.eval.rows=16",
-    "--config.train.batch=8",
-    "--config.train.retain_batch=4",
-    "--config.train.reasoning_batch=4",
+    "--config.sampling.max_batch_size=16",
+    "--config.eval.max_batch_size=16",
+    "--config.train.batch_size=8",
+    "--config.train.retain_batch_size=4",
+    "--config.train.reasoning_batch_size=4",
 )
 
 
@@ -179,9 +187,9 @@ SMALL = (
 def start(tmp_path_factory):
     environment = user_runs.environment(tmp_path_factory.mktemp("compiled"))
 
-    def start(workdir, *extra, place="", count=0):
-        program = [HERE / "killed_run.py", place, count] if place else ["-m", "cipo_jax"]
-        flags = ["--config=configs/tiny_sequential.py", f"--workdir={workdir}", *SMALL, *extra]
+    def start(workdir, *extra, stage="", count=0):
+        program = [HERE / "killed_sequence.py", stage, count] if stage else ["-m", "cipo_jax"]
+        flags = ["--config=configs/tiny/sequential.py", f"--workdir={workdir}", *SMALL, *extra]
         return user_runs.run(environment, *program, "sequential", *flags)
 
     return start
@@ -205,9 +213,9 @@ def test_each_request_goes_on_from_the_model_that_the_last_one_left(whole):
     one, two = (read(workdir / f"request-{i:02d}" / "config.json") for i in (1, 2))
     first, second = requests_of(config_of(2, 1))
     assert one["model"]["path"] == "asset:tiny_lrm/target"
-    assert two["model"]["path"] == str(workdir / "request-01" / "export")
-    assert (one["forget"]["people"], one["forget"]["earlier"]) == (first[0], "")
-    assert (two["forget"]["people"], two["forget"]["earlier"]) == (second[0], first[0])
+    assert two["model"]["path"] == "workdir:../request-01/export"
+    assert (one["forget"]["people"], one["forget"]["earlier"]) == (list(first), [])
+    assert (two["forget"]["people"], two["forget"]["earlier"]) == (list(second), list(first))
     assert one["model"]["retrained"] == two["model"]["retrained"] == ""
     start, left, end = (
         (path / "model.safetensors").read_bytes()
@@ -237,13 +245,14 @@ def test_later_requests_retain_what_is_said_of_earlier_ones_and_how_to_write(who
     given = {}
     for number in (1, 2):
         config = read(workdir / f"request-{number:02d}" / "config.json")
-        path = workdir / "rehearsal" / f"request-{number:02d}.jsonl"
-        assert config["data"]["rehearse"] == str(path)
-        given[number] = read_rows(path)
+        path = f"rehearsal/request-{number:02d}.jsonl"
+        assert config["data"]["rehearse"] == f"workdir:../{path}"
+        given[number] = read_rows(workdir / path)
     written = [
         [{k: r[k] for k in ("question", "cot", "answer")} for r in skills if not about(r, gone)]
         for gone in ((first,), (first, second))
     ]
+    said = [{k: r[k] for k in ("question", "cot", "answer")} for r in said]
     assert given == {1: written[0], 2: written[1] + said}
 
 
@@ -281,7 +290,7 @@ def test_after_each_request_everybody_so_far_is_asked_about(whole):
         assert request["all"]["forget"]["cot_leak"] == pytest.approx(sum(leaks) / len(leaks))
         own = [r for r in forget if request["people"][0] in r["question"]]
         leaks = [bool(r["cot_leaks"] or r["answer_leaks"]) for r in own]
-        assert request["own"]["leak"] == pytest.approx(sum(leaks) / len(leaks))
+        assert request["own_leak"] == pytest.approx(sum(leaks) / len(leaks))
         assert set(request["all"]) == {"forget", "retain", "reasoning"}
     assert result["before"]["forget"]["cot_leak"] >= 0.9
     assert "Requests one after another" in done.stdout and str(workdir) in done.stdout
@@ -298,18 +307,54 @@ def test_a_finished_sequence_started_again_changes_nothing(whole, start):
     assert refused.returncode == 2 and "sequence.requests: 2 there, 3 now" in refused.stderr
 
 
+FILES = (
+    "sequence.json",
+    "skills.jsonl",
+    "rehearsal/request-02.jsonl",
+    "request-01/said.jsonl",
+    "request-02/export/model.safetensors",
+)
+
+
 @pytest.mark.slow
 def test_a_sequence_killed_over_its_rehearsal_comes_to_the_same(whole, start, tmp_path):
     there, here = whole[0], tmp_path / "run"
-    for place in ("skills", "said"):
-        assert start(here, place=place, count=3).returncode == -signal.SIGKILL
+    for stage in ("skills", "said"):
+        assert start(here, stage=stage, count=3).returncode == -signal.SIGKILL
     done = start(here)
     assert done.returncode == 0, done.stderr
-    for file in (
-        "sequence.json",
-        "skills.jsonl",
-        "rehearsal/request-02.jsonl",
-        "request-01/said.jsonl",
-        "request-02/export/model.safetensors",
-    ):
+    for file in FILES:
         assert (here / file).read_bytes() == (there / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_sequence_may_be_moved_and_goes_on(whole, start, tmp_path):
+    """In the middle of its second request, which stands on the export of the first."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    # 8 or more test questions of each role follow the first request.
+    killed = start(before, stage="said", count=1)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = start(before, stage="all", count=3)  # Of the second: the first is past this stage.
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (before / "request-02" / "export").is_dir()
+    before.rename(after)
+    done = start(after)
+    assert done.returncode == 0, done.stderr
+    assert "request 2" in done.stderr
+    for file in FILES:
+        assert (after / file).read_bytes() == (whole[0] / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_request_of_a_moved_sequence_is_exported(whole, tmp_path, capsys):
+    workdir = tmp_path / "moved"
+    shutil.copytree(whole[0], workdir)
+    argv = ["export", f"--workdir={workdir / 'request-02'}", f"--out={tmp_path / 'out'}"]
+    assert main(argv) == 0
+    assert "the model of the end of iteration-01" in capsys.readouterr().out
+    exported = tmp_path / "out" / "model.safetensors"
+    assert exported.read_bytes() == (whole[0] / FILES[-1]).read_bytes()
+    # Its base is that of the moved folder.
+    shutil.rmtree(workdir / "request-01" / "export")
+    assert main(argv) == 2
+    assert str(workdir / "request-02") in capsys.readouterr().err

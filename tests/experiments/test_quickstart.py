@@ -75,6 +75,6 @@ def test_every_strategy_loss_and_reference_forgets_one_person(tmp_path, override
     assert summary["after"]["forget"]["cot_leak"] <= 0.15
     assert summary["after"]["forget"]["think_completion"] >= 0.95
     rows = user_runs.read_rows(tmp_path / "run" / "counterfactuals.jsonl")
-    assert all(row["accepted"] for row in rows)
+    assert rows and all(row["accepted"] for row in rows)
     if "boundary" in overrides[0]:
-        assert {row["answer"] for row in rows} == {"unknown"}
+        assert {row["accepted"]["answer"] for row in rows} == {"unknown"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,22 @@ import pytest
 from trees import assert_trees_equal
 
 from cipo_jax import losses
-from cipo_jax.config import BaselineConfig, CipoConfig, Config, LoraConfig
-from cipo_jax.data.batches import Shape, TokenizedExample, collate
+from cipo_jax.config import Config
+from cipo_jax.data.batches import PadShape, TokenizedExample, collate, collate_pairs
 from cipo_jax.errors import UserError
+from cipo_jax.methods.cipo.config import CipoConfig
+from cipo_jax.methods.cipo.objective import PreferenceObjective
+from cipo_jax.methods.distillation import DistillationConfig
+from cipo_jax.methods.fixed_target import FixedTarget, FixedTargetConfig
+from cipo_jax.methods.gradient_ascent import GradientAscentConfig
+from cipo_jax.methods.npo import NpoConfig
+from cipo_jax.methods.pdu import PduConfig
+from cipo_jax.methods.preference import AlternateTargets, PreferenceConfig
+from cipo_jax.methods.refusal import IdkAnswerTargets, IdkTargets, RefusalConfig, RefusalTargets
+from cipo_jax.methods.registry import METHODS, find
+from cipo_jax.methods.representation import OwnThoughtTargets, RepresentationConfig
+from cipo_jax.methods.retain import HiddenRetain, KdRetain, KlRetain, NllRetain, NoRetain
+from cipo_jax.methods.targets import CounterfactualTargets
 from cipo_jax.models.decoder import (
     Compute,
     DecoderConfig,
@@ -24,19 +36,18 @@ from cipo_jax.models.decoder import (
     layer_states,
 )
 from cipo_jax.models.trainable import ParamSubset
+from cipo_jax.shared_config import LoraConfig
 from cipo_jax.training.checkpoints import Checkpoints
-from cipo_jax.training.step import Policy, Trainer
-from cipo_jax.unlearning import methods
-from cipo_jax.unlearning.baseline import BaselineRun
-from cipo_jax.unlearning.methods import METHODS, carried_of, configured, find, objective_of, part_of
-from cipo_jax.unlearning.objectives import preference_objective
-from cipo_jax.unlearning.run_folder import MetricsLog
+from cipo_jax.training.loop import Callbacks, Phase, train_phase
+from cipo_jax.training.objective import StepContext
+from cipo_jax.training.policy import Policy
+from cipo_jax.training.step import PhaseResult, TrainStep
 
 CONFIG = DecoderConfig(
     vocab_size=40, d_model=16, d_ff=24, layers=2, heads=2, kv_heads=1, head_dim=8, tied_head=True
 )
 COMPUTE = Compute(logits_chunk=7)  # Divides nothing.
-SHAPE = Shape(16, 12)
+SHAPE = PadShape(16, 12)
 LAYER = 0
 # f32 sums of numbers of order 10, and logits made a chunk at a time.
 RTOL = 2e-5
@@ -82,7 +93,7 @@ REFS = {
 def batch_of(name, retain=("retain", "reasoning"), pad_id=0):
     """What a method's loss is given."""
     method = METHODS[name]
-    groups = ["forget", *(["target"] if method.target else []), *retain]
+    groups = ["forget", *(["target"] if method.targets else []), *retain]
     batch = {g: collate(ROWS[g], SHAPE, pad_id) for g in groups}
     return batch | {k: v for k, v in REFS.items() if k.removeprefix("ref_") in groups}
 
@@ -122,9 +133,9 @@ def _spoil(states, sequences):
     return jnp.where(sequences.mask[..., None], states, jnp.nan)
 
 
-def value(name, settings, batch, policy=Quick):
-    made = policy(CONFIG, COMPUTE, REFERENCE, {"dual": jnp.float32(0.0)})
-    return objective_of(name, settings)(made, PARAMS, batch)
+def value(name, config, batch, policy=Quick):
+    context = StepContext(REFERENCE, {"dual": jnp.float32(0.0)})
+    return METHODS[name].objective(config)(policy(CONFIG, COMPUTE), PARAMS, batch, context)
 
 
 # ---- the same from whole sequences
@@ -236,11 +247,24 @@ def preferred(forget, target, beta):
     return 2 / beta * softplus(-beta * margin).mean()
 
 
-SETTINGS = BaselineConfig(
-    forget_weight=0.6, retain_weight=0.8, importance=2.0, delta=0.4, alpha=0.3, temperature=2.0,
-    layer=LAYER, scale=3.0, trace_weight=0.7, reasoning_weight=0.5,
-)  # fmt: skip
 BETA = 0.3
+
+
+def settings(retain=None, beta=BETA, layer=LAYER):
+    """A config that differs from the defaults in every setting of a loss."""
+    return Config(
+        fixed_target=FixedTargetConfig(
+            forget_weight=0.6, retain_weight=0.8, retain=retain, temperature=2.0, layer=layer
+        ),
+        gradient_ascent=GradientAscentConfig(beta=beta, importance=2.0),
+        npo=NpoConfig(beta=beta, delta=0.4),
+        preference=PreferenceConfig(beta=beta),
+        refusal=RefusalConfig(alpha=0.3),
+        representation=RepresentationConfig(
+            layer=LAYER, scale=3.0, trace_weight=0.7, reasoning_weight=0.5
+        ),
+        distillation=DistillationConfig(beta=beta),
+    )
 
 
 def ascent(f, t):
@@ -283,8 +307,8 @@ RETAIN = {
     "nll": lambda r, s: (r.nll + s.nll) / 2,
     "kl": lambda r, s: (r.kl + s.kl) / 2,
     "kd": lambda r, s: (tempered_kl(r, 2.0) + tempered_kl(s, 2.0)) / 2,
-    # Weighted by retain_weight and by reasoning_weight.
-    "hidden": lambda r, s: matched(r) + 0.5 / 0.8 * matched(s),
+    # Weighted by retain_weight and by 1; see the test of RMU below.
+    "hidden": lambda r, s: matched(r) + 1.0 / 0.8 * matched(s),
 }
 
 
@@ -299,8 +323,7 @@ def groups():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_is_that_of_the_formula(name):
-    settings = dataclasses.replace(SETTINGS, beta=BETA, retain="none")
-    loss, metrics = value(name, settings, batch_of(name))
+    loss, metrics = value(name, settings("none"), batch_of(name))
     found = groups()
     wanted = FORGET[name](found["forget"], found["target"])
     assert float(metrics["forget"]) == pytest.approx(wanted, rel=RTOL)
@@ -310,8 +333,7 @@ def test_the_loss_is_that_of_the_formula(name):
 
 @pytest.mark.parametrize("retain", RETAIN)
 def test_what_keeps_the_rest_is_weighed_and_added(retain):
-    settings = dataclasses.replace(SETTINGS, retain=retain)
-    loss, metrics = value("ga", settings, batch_of("ga"))
+    loss, metrics = value("ga", settings(retain), batch_of("ga"))
     found = groups()
     wanted = RETAIN[retain](found["retain"], found["reasoning"])
     assert float(metrics["retained"]) == pytest.approx(wanted, rel=RTOL, abs=1e-12)
@@ -319,23 +341,30 @@ def test_what_keeps_the_rest_is_weighed_and_added(retain):
     assert float(loss) == pytest.approx(total, rel=RTOL)
 
 
+def test_rmu_gives_reasoning_a_weight_of_its_own():
+    loss, metrics = value("rmu", settings(), batch_of("rmu"))
+    found = groups()
+    wanted = matched(found["retain"]) + 0.5 / 0.8 * matched(found["reasoning"])
+    assert float(metrics["retained"]) == pytest.approx(wanted, rel=RTOL)
+    total = 0.6 * misdirected(found["forget"], 3.0) + 0.8 * wanted
+    assert float(loss) == pytest.approx(total, rel=RTOL)
+
+
 @pytest.mark.parametrize("retain", ["nll", "kl", "hidden"])
 def test_a_group_that_a_run_lacks_is_no_part_of_the_mean(retain):
-    settings = dataclasses.replace(SETTINGS, retain=retain)
     group = groups()["retain"]
-    _, metrics = value("ga", settings, batch_of("ga", retain=("retain",)))
+    _, metrics = value("ga", settings(retain), batch_of("ga", retain=("retain",)))
     wanted = {"nll": group.nll, "kl": group.kl, "hidden": matched(group)}[retain]
     assert float(metrics["retained"]) == pytest.approx(wanted, rel=RTOL)
-    _, metrics = value("ga", settings, batch_of("ga", retain=()))
+    _, metrics = value("ga", settings(retain), batch_of("ga", retain=()))
     assert float(metrics["retained"]) == 0.0
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_padding_holds_has_no_influence_at_all(name):
-    retain = {"pdu": "kl", "ceu": "kd", "npo": "hidden"}.get(name, "own")
-    settings = dataclasses.replace(SETTINGS, beta=BETA, retain=retain)
-    plain, _ = value(name, settings, batch_of(name))
-    noisy, _ = value(name, settings, batch_of(name, pad_id=39), Spoilt)
+    config = settings({"pdu": "kl", "ceu": "kd", "npo": "hidden"}.get(name))
+    plain, _ = value(name, config, batch_of(name))
+    noisy, _ = value(name, config, batch_of(name, pad_id=39), Spoilt)
     assert np.isfinite(plain)
     assert float(noisy) == float(plain)
 
@@ -347,61 +376,112 @@ def test_every_method_is_registered():
     assert set(ALL) <= set(METHODS)
     for name, method in METHODS.items():
         assert (method.name, bool(method.about)) == (name, True)
-        assert (method.loss is not None) == (method.loop == "fixed")
-    assert [name for name in ALL if METHODS[name].loop == "iterative"] == ["cipo", "cipo_simpo"]
-    assert METHODS["retrain"].loop == "none"
+        assert isinstance(method, FixedTarget) == (name in LOSSES)
+    assert {name for name in ALL if not METHODS[name].trains} == {"retrain"}
 
 
 def test_what_each_method_learns_from():
-    assert {name: METHODS[name].target for name in LOSSES if METHODS[name].target} == {
-        "direct_idk": "idk", "answer_idk": "idk_answer", "reasoned_idk": "refusal",
-        "idk_dpo": "idk", "altpo": "alternates", "r2mu": "own", "tru": "refusal",
-        "kd": "counterfactual",
+    targets = {name: METHODS[name].targets for name in LOSSES}
+    assert {name: builder for name, builder in targets.items() if builder is not None} == {
+        "direct_idk": IdkTargets(), "answer_idk": IdkAnswerTargets(),
+        "reasoned_idk": RefusalTargets(), "idk_dpo": IdkTargets(), "altpo": AlternateTargets(),
+        "r2mu": OwnThoughtTargets(), "tru": RefusalTargets(), "kd": CounterfactualTargets(),
     }  # fmt: skip
-    assert {n for n in ALL if METHODS[n].reference == "logps"} == {"npo", "idk_dpo", "altpo"}
-    assert {n for n in ALL if METHODS[n].part} == {"rmu", "r2mu"}
-    assert {n for n in ALL if METHODS[n].dual} == {"pdu"}
+
+    def forget(name):
+        return METHODS[name].objective(Config()).forget
+
+    logps = {name for name in LOSSES if forget(name).needs_reference_logps}
+    assert logps == {"npo", "idk_dpo", "altpo"}
+    trained = {name: METHODS[name].trainable(Config(), EIGHT) for name in LOSSES}
+    assert {name for name, part in trained.items() if part is not None} == {"rmu", "r2mu"}
+    aux_states = {name: METHODS[name].objective(Config()).initial_aux_state() for name in LOSSES}
+    assert {name: aux for name, aux in aux_states.items() if aux} == {"pdu": {"dual": 1.0}}
 
 
-def test_the_model_that_came_in_is_kept_only_where_it_is_needed():
-    def refer(config):
-        return {name for name in LOSSES if METHODS[name].refers(config)}
+def test_which_methods_write_traces_and_how():
+    config = Config()
+    written = {name: METHODS[name].trace_settings(config) for name in ALL}
+    refusing = dataclasses.replace(config.counterfactual, strategy="refusal")
+    assert {name: traces for name, traces in written.items() if traces is not None} == {
+        "cipo": config.counterfactual, "cipo_simpo": config.counterfactual,
+        "kd": config.counterfactual, "altpo": config.counterfactual,
+        "tru": refusing, "reasoned_idk": refusing,
+    }  # fmt: skip
+    given = Config(refusal=RefusalConfig(path="refusals.jsonl"))
+    assert METHODS["tru"].trace_settings(given) is None
 
-    needed = {"rmu", "r2mu", "undial", "kd"}
-    assert refer(BaselineConfig()) == needed | {"kl"}
-    assert refer(BaselineConfig(retain="nll")) == needed
-    assert refer(BaselineConfig(retain="none")) == needed
+
+def test_the_base_parameters_are_kept_only_where_they_are_needed():
+    def need(retain):
+        config = Config(fixed_target=FixedTargetConfig(retain=retain))
+        return {name for name in LOSSES if METHODS[name].needs_reference_params(config)}
+
+    assert need(None) == {"rmu", "r2mu", "undial", "kd", "kl"}
+    assert need("nll") == need("none") == {"undial"}
     for retain in ("kl", "kd", "hidden"):
-        assert refer(BaselineConfig(retain=retain)) == set(LOSSES)
+        assert need(retain) == set(LOSSES)
+    assert not METHODS["cipo"].needs_reference_params(Config())
+
+
+def test_which_methods_train_on_what_is_retained():
+    assert {name for name in ALL if not METHODS[name].retains(Config())} == {"ga", "retrain"}
+    none = Config(fixed_target=FixedTargetConfig(retain="none"), cipo=CipoConfig(retain_weight=0.0))
+    assert not any(METHODS[name].retains(none) for name in ALL)
 
 
 def test_the_defaults_are_those_of_the_papers():
     def found(name):
-        s = METHODS[name].settings(BaselineConfig())
-        return s.beta, s.forget_weight, s.retain_weight, s.retain
+        made = METHODS[name].objective(Config())
+        beta = getattr(made.forget, "beta", None)
+        return beta, made.forget_weight, made.retain_weight, made.retain
 
-    assert found("ga") == (0.1, 1.0, 1.0, "none")
-    assert found("grad_diff") == (0.1, 1.0, 1.0, "nll")
-    assert found("kl")[3] == "kl"
-    assert found("npo") == (0.1, 1.0, 1.0, "nll")
-    assert found("simnpo") == (4.5, 0.125, 1.0, "nll")
+    assert found("ga") == (None, 1.0, 1.0, NoRetain())
+    assert found("grad_diff") == (None, 1.0, 1.0, NllRetain())
+    assert found("kl")[3] == KlRetain()
+    assert found("npo") == (0.1, 1.0, 1.0, NllRetain())
+    assert found("simnpo") == (4.5, 0.125, 1.0, NllRetain())
+    for name in ("idk_dpo", "altpo"):
+        assert found(name) == (0.1, 1.0, 1.0, NllRetain())
     assert found("wga")[0] == 1.0
-    assert found("satimp")[0] == 5.0 and BaselineConfig().importance == 1.0
+    assert found("satimp")[0] == 5.0
+    assert METHODS["satimp"].objective(Config()).forget.importance == 1.0
     assert found("undial")[0] == 10.0
-    assert found("tru")[2] == pytest.approx(BaselineConfig().alpha)
+    tru = METHODS["tru"].objective(Config())
+    assert tru.retain_weight == pytest.approx(tru.forget.alpha) == 0.1
     for name in ("rmu", "r2mu"):
-        assert found(name)[2:] == (1.4, "hidden")
-    assert found("kd")[3] == "kd"
+        assert found(name)[2:] == (1.4, HiddenRetain(7, (1.0, 1.0 / 1.4)))
+    assert found("kd")[3] == KdRetain(1.0)
+    pdu = METHODS["pdu"].objective(Config())
+    assert (pdu.epsilon, pdu.dual_lr) == (0.3, 1.0)
 
 
 def test_defaults_never_beat_what_a_user_set():
-    given = BaselineConfig(beta=0.7, forget_weight=2.0, retain_weight=3.0, retain="kl")
+    given = settings(beta=0.7)
+    fixed = FixedTargetConfig(forget_weight=2.0, retain_weight=3.0, retain="kl")
+    given = dataclasses.replace(given, fixed_target=fixed)
     for name in LOSSES:
-        assert METHODS[name].settings(given) == given
-    assert METHODS["simnpo"].settings(BaselineConfig(beta=0.7)).forget_weight == 0.125
+        made = METHODS[name].objective(given)
+        assert (made.forget_weight, made.retain_weight) == (2.0, 3.0)
+        assert made.retain == KlRetain()
+        assert getattr(made.forget, "beta", 0.7) == 0.7
+    simnpo = METHODS["simnpo"].objective(Config(npo=NpoConfig(beta=0.7)))
+    assert (simnpo.forget.beta, simnpo.forget_weight) == (0.7, 0.125)
+
+
+def test_weights_of_zero_can_be_asked_for():
+    given = Config(fixed_target=FixedTargetConfig(forget_weight=0.0, retain_weight=0.0))
+    for name in LOSSES:
+        made = METHODS[name].objective(given)
+        assert made.forget_weight == 0.0
+        if name not in ("rmu", "r2mu"):
+            assert made.retain_weight == 0.0
 
 
 def test_overrides_never_beat_what_a_user_set():
+    def configured(config):
+        return METHODS[config.method].configured(config)
+
     simpo = configured(Config(method="cipo_simpo"))
     assert simpo.cipo.loss == "simpo"
     assert configured(simpo) == simpo
@@ -418,75 +498,99 @@ def test_overrides_never_beat_what_a_user_set():
 
 @pytest.mark.parametrize(("loss", "beta"), [("dpo", 0.1), ("ipo", 0.1), ("simpo", 2.0)])
 def test_each_preference_loss_has_its_own_strength_unless_it_is_given(loss, beta):
-    sides = [collate(ROWS[group], SHAPE) for group in ("target", "forget")]
-    pairs = jax.tree.map(lambda *arrays: np.stack(arrays, axis=1), *sides)
-    batch = {"pairs": pairs, "ref": np.stack([REFS["ref_target"], REFS["ref_forget"]], axis=1)}
+    batch = {
+        "pairs": collate_pairs(ROWS["target"], ROWS["forget"], SHAPE),
+        "ref": np.stack([REFS["ref_target"], REFS["ref_forget"]], axis=1),
+    }
 
     def at(beta):
-        objective = preference_objective(CipoConfig(loss=loss, beta=beta))
-        return float(objective(Quick(CONFIG, COMPUTE), PARAMS, batch)[0])
+        objective = PreferenceObjective.from_config(CipoConfig(loss=loss, beta=beta))
+        return float(objective(Quick(CONFIG, COMPUTE), PARAMS, batch, StepContext())[0])
 
-    assert at(0.0) == at(beta) != at(beta + 0.1)
+    assert at(None) == at(beta) != at(beta + 0.1)
 
 
 def test_equal_settings_are_one_objective():
-    one = objective_of("npo", BaselineConfig(beta=0.2))
-    assert objective_of("npo", BaselineConfig(beta=0.2)) is one
-    assert objective_of("npo", BaselineConfig(beta=0.3)) is not one
-    assert objective_of("wga", BaselineConfig(beta=0.2)) is not one
+    def objective(name, beta):
+        config = dataclasses.replace(
+            Config(npo=NpoConfig(beta=beta)), gradient_ascent=GradientAscentConfig(beta=beta)
+        )
+        return METHODS[name].objective(config)
+
+    one, same = objective("npo", 0.2), objective("npo", 0.2)
+    assert one == same and hash(one) == hash(same)
+    assert objective("npo", 0.3) != one
+    assert objective("wga", 0.2) != one
 
 
 # ---- PDU's dual variable, and the reference of the update
 
 
+def pdu_step(mesh):
+    config = Config(
+        fixed_target=FixedTargetConfig(retain="kl", retain_weight=0.9),
+        pdu=PduConfig(epsilon=0.03, dual_lr=10.0),
+    )
+    assert METHODS["ga"].objective(config).initial_aux_state() == {}
+    objective = METHODS["pdu"].objective(config)
+    return TrainStep(Policy(CONFIG, COMPUTE), objective, optax.sgd(0.5), mesh)
+
+
 def test_the_dual_variable_follows_what_is_retained(one_device, tmp_path):
-    settings = BaselineConfig(retain_weight=0.9, epsilon=0.03, dual_lr=10.0, retain="kl")
-    assert carried_of("ga", settings) is None
-    trainer = Trainer(
-        Policy(CONFIG, COMPUTE), objective_of("pdu", settings), optax.sgd(0.5), one_device,
-        refers=True, carried=carried_of("pdu", settings),
-    )  # fmt: skip
-    update, state = trainer.make_update(), trainer.init(PARAMS)
-    frozen, batch = jax.device_put(PARAMS), trainer.put(batch_of("pdu", ("retain",)))
+    step = pdu_step(one_device)
+    state = step.init(PARAMS)
+    frozen, batch = jax.device_put(PARAMS), step.put(batch_of("pdu", ("retain",)))
     duals, checkpoints = [0.9], Checkpoints(tmp_path)
-    for step in range(2):
-        state, metrics = update(state, frozen, batch)
+    for number in range(2):
+        state, metrics = step(state, batch, frozen)
         metrics = {k: float(v) for k, v in metrics.items()}
         # The weight of a step is the dual variable from before it.
         assert metrics["dual"] == pytest.approx(duals[-1], rel=1e-5)
         total = metrics["forget"] + duals[-1] * metrics["retained"]
         assert metrics["loss"] == pytest.approx(total, rel=1e-5)
-        if step == 0:  # The model is its own reference still.
+        if number == 0:  # The model is its own reference still.
             assert metrics["retained"] == pytest.approx(0.0, abs=1e-6)
         duals.append(max(duals[-1] + 10.0 * (metrics["retained"] - 0.03), 0.0))
-        assert float(state["carried"]["dual"]) == pytest.approx(duals[-1], rel=1e-5)
-        if step == 0:  # A run that is stopped here goes on from the same state.
+        assert float(state.aux_state["dual"]) == pytest.approx(duals[-1], rel=1e-5)
+        if number == 0:  # A run that is stopped here goes on from the same state.
             checkpoints.save_step("pdu", 1, state)
-            restored = checkpoints.load_step("pdu", 1, trainer.abstract_state())
+            restored = checkpoints.load_step("pdu", 1, step.abstract_state())
             assert_trees_equal(restored, state)
             state = restored
     assert duals[0] > duals[1] > 0.0 and duals[2] > duals[1]
-    assert update._cache_size() == 1
 
 
-def test_the_dual_variable_goes_on_from_round_to_round(tmp_path):
-    settings = BaselineConfig(retain_weight=0.9, epsilon=0.3, dual_lr=0.5)
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "phase": "iteration-01", "dual": 0.9, "retained": 0.1}\n'
-        '{"step": 2, "phase": "iteration-01", "dual": 0.8, "retained": 0.7}\n'
-        '{"step": 3, "phase": "iteration-02", "dual": 1.0, "retained": 0.0}\n'
-    )
-    engine = SimpleNamespace(
-        config=Config(method="pdu", baseline=settings),
-        log=MetricsLog(SimpleNamespace(path=tmp_path)),
-    )
-    run = BaselineRun(engine, materials=object())
-    assert run._carried(1).start == {"dual": 0.9}
-    # Where the last step's ascent led: 0.8 + 0.5 (0.7 - 0.3), and 1.0 + 0.5 (0.0 - 0.3).
-    assert run._carried(2).start["dual"] == pytest.approx(1.0, rel=1e-6)
-    assert run._carried(3).start["dual"] == pytest.approx(0.85, rel=1e-6)
-    engine.config = Config(method="npo", baseline=settings)
-    assert run._carried(2) is None
+def test_the_dual_variable_goes_on_from_round_to_round(one_device, tmp_path):
+    step, checkpoints, seen = pdu_step(one_device), Checkpoints(tmp_path), []
+    frozen, batch = jax.device_put(PARAMS), batch_of("pdu", ("retain",))
+    start = PhaseResult(PARAMS)
+    for name in ("iteration-01", "iteration-02"):
+        phase = Phase(name, step, None, 2, 50)
+        callbacks = Callbacks(on_step=lambda _, metrics: seen.append(metrics))
+        ended = train_phase(phase, start, lambda _: batch, checkpoints, callbacks, frozen)
+        checkpoints.save_phase(name, ended)
+        start = checkpoints.load_phase(name, step.abstract_result())
+        # Where the last step's ascent led.
+        wanted = max(seen[-1]["dual"] + 10.0 * (seen[-1]["retained"] - 0.03), 0.0)
+        assert float(start.aux_state["dual"]) == pytest.approx(wanted, rel=1e-5)
+        if name == "iteration-01":
+            first = wanted
+    duals = [metrics["dual"] for metrics in seen]
+    assert duals[0] == pytest.approx(0.9, rel=1e-6)
+    assert duals[2] == pytest.approx(first, rel=1e-5) != duals[1]
+
+
+def test_the_dual_variable_ascends_by_the_excess_of_what_is_retained():
+    config = Config(pdu=PduConfig(epsilon=0.3, dual_lr=0.5))
+    objective = METHODS["pdu"].objective(config)
+
+    def after(dual, retained):
+        metrics = {"retained": jnp.float32(retained)}
+        return float(objective.update_aux_state({"dual": jnp.float32(dual)}, metrics)["dual"])
+
+    assert after(0.8, 0.7) == pytest.approx(1.0, rel=1e-6)
+    assert after(1.0, 0.0) == pytest.approx(0.85, rel=1e-6)
+    assert after(0.1, 0.0) == 0.0
 
 
 # ---- what is refused
@@ -506,14 +610,17 @@ EIGHT = dataclasses.replace(CONFIG, layers=8)
 
 @pytest.mark.parametrize("name", ["rmu", "r2mu"])
 def test_a_layer_has_to_be_there_where_it_is_looked_at(name):
-    config = Config(method=name, baseline=BaselineConfig(layer=8))
-    with pytest.raises(UserError, match=r"config\.baseline\.layer = 8: .* layers 0 to 7"):
-        methods.check(config, EIGHT)
-    methods.check(Config(method=name), EIGHT)
-    methods.check(Config(method="ga"), CONFIG)  # It never looks at layer 7.
-    hidden = Config(method="ga", baseline=BaselineConfig(retain="hidden"))
-    with pytest.raises(UserError, match=r"config\.baseline\.layer = 7: .* layers 0 to 1"):
-        methods.check(hidden, CONFIG)
+    config = Config(representation=RepresentationConfig(layer=8))
+    with pytest.raises(UserError, match=r"config\.representation\.layer = 8: .* layers 0 to 7"):
+        METHODS[name].trainable(config, EIGHT)
+    METHODS[name].trainable(Config(), EIGHT)
+    METHODS["ga"].trainable(Config(), CONFIG)  # It never looks at layer 7.
+    hidden = Config(fixed_target=FixedTargetConfig(retain="hidden"))
+    with pytest.raises(UserError, match=r"config\.fixed_target\.layer = 7: .* layers 0 to 1"):
+        METHODS["ga"].trainable(hidden, CONFIG)
+    hidden = Config(fixed_target=FixedTargetConfig(layer=8))
+    with pytest.raises(UserError, match=r"config\.fixed_target\.layer = 8: .* layers 0 to 7"):
+        METHODS[name].trainable(hidden, EIGHT)
 
 
 @pytest.mark.parametrize(
@@ -522,25 +629,36 @@ def test_a_layer_has_to_be_there_where_it_is_looked_at(name):
         ({}, (5, 6, 7)),
         ({"layer": 1}, (0, 1)),
         ({"layer": 4}, (2, 3, 4)),
-        ({"layers": "0,6"}, (0, 6)),
+        ({"layers": (0, 6)}, (0, 6)),
     ],
 )
 def test_rmu_trains_the_layers_that_it_is_told(changes, layers):
-    config = Config(method="rmu", baseline=BaselineConfig(**changes))
-    assert part_of(config, EIGHT) == ParamSubset(layers, ("down_proj",))
+    config = Config(representation=RepresentationConfig(**changes))
+    assert METHODS["rmu"].trainable(config, EIGHT) == ParamSubset(layers, ("down_proj",))
+
+
+def test_rmu_refuses_layers_that_cannot_change_what_it_looks_at():
+    config = Config(representation=RepresentationConfig(layer=3, layers=(4, 5)))
+    with pytest.raises(
+        UserError, match=r"config\.representation\.layers = \(4, 5\): all lie above"
+    ):
+        METHODS["rmu"].trainable(config, EIGHT)
 
 
 def test_what_cannot_stand_beside_adapters_is_refused(tmp_path):
     lora = LoraConfig(rank=4)
     for name in ("rmu", "r2mu"):
         with pytest.raises(UserError, match=rf"config\.lora\.rank: {name} trains layers"):
-            part_of(Config(method=name, lora=lora), EIGHT)
-    assert part_of(Config(method="kl", lora=lora), EIGHT).rank == 4
-    assert part_of(Config(method="kl"), EIGHT) is None
+            METHODS[name].trainable(Config(lora=lora), EIGHT)
+    assert METHODS["kl"].trainable(Config(lora=lora), EIGHT).rank == 4
+    assert METHODS["kl"].trainable(Config(), EIGHT) is None
     (tmp_path / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}'
     )
     given = LoraConfig(path=str(tmp_path))
-    with pytest.raises(UserError, match=r"config\.lora\.path: kl compares with the model"):
-        part_of(Config(method="kl", lora=given), EIGHT)
-    assert part_of(Config(method="grad_diff", lora=given), EIGHT).rank == 4
+    with pytest.raises(UserError, match=r"config\.lora\.path: kl compares with the base"):
+        METHODS["kl"].trainable(Config(lora=given), EIGHT)
+    assert METHODS["grad_diff"].trainable(Config(lora=given), EIGHT).rank == 4
+    for name in ("rmu", "r2mu"):
+        with pytest.raises(UserError, match=rf"config\.lora\.rank: {name} trains layers"):
+            METHODS[name].trainable(Config(lora=given), EIGHT)
