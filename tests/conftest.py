@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from jaxtyping import install_import_hook
 
 # Before anything of the package is imported: every jaxtyping annotation there becomes a check.
-install_import_hook(["cipo_jax.ops", "cipo_jax.models.decoder", "cipo_jax.training.step"],
-                    "beartype.beartype")  # fmt: skip
+install_import_hook(["cipo_jax.ops", "cipo_jax.models.decoder", "cipo_jax.sampling",
+                     "cipo_jax.training"], "beartype.beartype")  # fmt: skip
 
 import jax
 import pytest

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cipo_jax.errors import UserError
@@ -87,7 +88,9 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
 
 
 def _shardings(params: Params, mesh: Mesh, rules: tuple[tuple[str, PartitionSpec], ...]) -> Params:
-    def one(path: tuple[object, ...], leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
+    def one(
+        path: tuple[object, ...], leaf: np.ndarray | Array | jax.ShapeDtypeStruct
+    ) -> NamedSharding:
         name = _path_name(path)
         spec = next((spec for rule, spec in rules if re.search(rule, name)), None)
         if spec is None:

@@ -194,10 +194,10 @@ def said(format, prefill, text):
     asked = []
 
     class Sampler:
-        def stream(self, params, requests, rules, key):
-            asked.extend(requests)
+        def stream(self, params, job):
+            asked.extend(job.requests)
             ids = [*format.text_ids(text), format.eos_id]
-            yield SimpleNamespace(item=requests[0].item, ids=ids)
+            yield SimpleNamespace(item=job.requests[0].item, ids=ids)
 
     questions = encode_questions(format, {"forget": [EXAMPLE]})
     ((item, row),) = graded(Sampler(), format, None, questions, 9, prefill)

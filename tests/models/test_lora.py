@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import compilations
 from trees import assert_trees_close, assert_trees_equal
 
 from cipo_jax.data.tiny_tokenizer import train_tokenizer
@@ -36,7 +37,6 @@ from cipo_jax.models.lora import (
 from cipo_jax.models.safetensors_load import load_params
 from cipo_jax.models.safetensors_save import save_folder
 from cipo_jax.shared_config import LoraConfig
-from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.objective import Objective
 from cipo_jax.training.policy import Policy
@@ -200,12 +200,13 @@ class MeanSine(Objective):
 def stepped(mesh, base, adapters, steps=3, lora=LORA, seed=0):
     policy = Policy(CONFIG, Compute(remat="names"))
     step = TrainStep(policy, MeanSine(), optax.adamw(1e-2), mesh, trainable=lora)
-    state, compiled = step.init(adapters), training_step._update._cache_size()
+    state = step.init(adapters)
     frozen = jax.device_put(base, param_shardings(base, mesh))
     batch = step.put({"tokens": np.tile(TOKENS, (4, 1))})
-    for _ in range(steps):
-        state, metrics = step(state, batch, frozen, jax.random.key(seed))
-    assert training_step._update._cache_size() == compiled + 1
+    with compilations("_update") as compiled:
+        for _ in range(steps):
+            state, metrics = step(state, batch, frozen, jax.random.key(seed))
+    assert compiled.number == 1
     return state, frozen, metrics
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import compilations
 from quick_options import QUICK
 from trees import assert_trees_close, assert_trees_equal
 
@@ -25,7 +26,6 @@ from cipo_jax.models.lora import Lora, abstract_adapters, merge
 from cipo_jax.models.lora import assemble as with_adapters
 from cipo_jax.models.trainable import ParamSubset, abstract_trainable, assemble
 from cipo_jax.ops.rope import Rope
-from cipo_jax.training import step as training_step
 from cipo_jax.training.mesh import make_mesh, param_shardings
 from cipo_jax.training.objective import Objective
 from cipo_jax.training.policy import Policy
@@ -172,11 +172,12 @@ def test_an_update_changes_the_chosen_kernels_alone(one_device):
     decayed = optax.adamw(1e-2, weight_decay=0.5)  # Would move everything that it can reach.
     policy = Policy(CONFIG, Compute())
     step = TrainStep(policy, MeanSine(), decayed, one_device, trainable=SUBSET)
-    state, compiled = step.init(SUBSET.take(BASE)), training_step._update._cache_size()
+    state = step.init(SUBSET.take(BASE))
     frozen = jax.device_put(BASE, param_shardings(BASE, one_device))
-    for _ in range(2):
-        state, metrics = step(state, step.put({"tokens": TOKENS}), frozen)
-    assert training_step._update._cache_size() == compiled + 1
+    with compilations("_update") as compiled:
+        for _ in range(2):
+            state, metrics = step(state, step.put({"tokens": TOKENS}), frozen)
+    assert compiled.number == 1
     assert_trees_equal(frozen, BASE)
     whole = assemble(SUBSET, frozen, state.params)
     assert_trees_equal(elsewhere(whole), elsewhere(BASE))
