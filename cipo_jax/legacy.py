@@ -181,7 +181,7 @@ LEGACY: Legacy = {
     "baseline.temperature": _renamed("fixed_target.temperature"),
     "baseline.epsilon": _renamed("pdu.epsilon"),
     "baseline.dual_lr": _renamed("pdu.dual_lr"),
-    "baseline.layer": _renamed("representation.layer"),
+    "baseline.layer": _renamed("representation.layer", "fixed_target.layer"),
     "baseline.scale": _renamed("representation.scale"),
     "baseline.layers": _layers,
     "baseline.targets": _names("representation.target_modules"),
