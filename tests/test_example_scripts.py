@@ -70,12 +70,14 @@ def test_rollouts(tmp_path):
     assert len(re.findall(r"answer:  42 ", printed)) == 2
 
 
+@pytest.mark.slow
 def test_forget_your_file(tmp_path):
     before, after = script(tmp_path, "forget_your_file").splitlines()
     assert before == "before: leak 100% in CoT, 100% in answers; retained 100%"
     assert re.match(r"after: leak 0% in CoT, 0% in answers; retained \d+%", after)
 
 
+@pytest.mark.slow
 def test_your_method(tmp_path):
     before, after = script(tmp_path, "your_method").splitlines()
     leaks = [float(re.findall(r"answer_leak=([\d.]+)", line)[0]) for line in (before, after)]

@@ -98,7 +98,8 @@ class Dies(Exception):
 
 def _buffers():
     """Bytes by buffer of the arrays in memory; shards are arrays too, of the same buffers."""
-    return {x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays()}
+    shards = (s.data for x in jax.live_arrays() for s in x.addressable_shards)
+    return {x.unsafe_buffer_pointer(): x.nbytes for x in shards}
 
 
 @pytest.fixture
