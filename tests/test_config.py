@@ -593,7 +593,6 @@ def _translated(key, value):
         ("baseline.temperature", 2.0, "fixed_target.temperature", 2.0),
         ("baseline.epsilon", 0.5, "pdu.epsilon", 0.5),
         ("baseline.dual_lr", 0.5, "pdu.dual_lr", 0.5),
-        ("baseline.layer", 3, "representation.layer", 3),
         ("baseline.scale", 3.0, "representation.scale", 3.0),
         ("baseline.layers", "5-7", "representation.layers", (5, 6, 7)),
         ("baseline.layers", "3,0", "representation.layers", (0, 3)),
@@ -616,6 +615,12 @@ def test_an_old_key_is_read_with_a_warning(old, value, new, expected):
     assert f"config.{new}" in said[0]
     changed = {k for k, v in flatten(parsed).items() if v != flatten(Config())[k]}
     assert changed == {new}
+
+
+def test_the_old_layer_is_that_of_rmu_and_of_hidden_states_that_are_retained():
+    parsed, said = _translated("baseline.layer", 3)
+    assert (parsed.representation.layer, parsed.fixed_target.layer) == (3, 3)
+    assert "config.representation.layer, config.fixed_target.layer" in said[0]
 
 
 @pytest.mark.parametrize(
