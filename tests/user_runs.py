@@ -7,6 +7,25 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Settings with which a run of the quickstart takes seconds.
+SMALL = (
+    "--config.forget.count=1",
+    "--config.data.valid_rows=4",
+    "--config.data.eval_rows=8",
+    "--config.sampling.max_batch_size=16",
+    "--config.eval.max_batch_size=16",
+    "--config.counterfactual.num_candidates=2",
+    "--config.counterfactual.rounds=2",
+    "--config.cipo.iterations=2",
+    "--config.cipo.reject=all",
+    "--config.model.retrained=",
+    "--config.warmup.batch_size=8",
+    "--config.warmup.retain_batch_size=4",
+    "--config.warmup.reasoning_batch_size=4",
+    "--config.train.batch_size=8",
+    "--config.train.retain_batch_size=4",
+    "--config.train.reasoning_batch_size=4",
+)
 
 
 def environment(programs=None):

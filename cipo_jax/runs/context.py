@@ -25,7 +25,6 @@ from cipo_jax.progress import Reporter
 from cipo_jax.runs import locks
 from cipo_jax.runs.identity import (
     derive_key,
-    digest,
     fingerprint,
     function_identity,
     input_names,
@@ -389,8 +388,3 @@ def _keep_config(folder: Path, config: RunConfig) -> None:
 def config_json(config: RunConfig) -> Mapping[str, Json]:
     """A config as JSON has it: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def config_fingerprint(config: RunConfig) -> str:
-    """A digest of every setting."""
-    return digest(json.dumps(config_json(config), sort_keys=True))

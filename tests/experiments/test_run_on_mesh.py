@@ -7,24 +7,6 @@ from safetensors.numpy import load_file
 
 from cipo_jax.hub import resolve
 
-SMALL = (
-    "--config.forget.count=1",
-    "--config.data.valid_rows=4",
-    "--config.data.eval_rows=8",
-    "--config.sampling.max_batch_size=16",
-    "--config.eval.max_batch_size=16",
-    "--config.counterfactual.num_candidates=2",
-    "--config.counterfactual.rounds=2",
-    "--config.cipo.iterations=2",
-    "--config.cipo.reject=all",
-    "--config.model.retrained=",
-    "--config.warmup.batch_size=8",
-    "--config.warmup.retain_batch_size=4",
-    "--config.warmup.reasoning_batch_size=4",
-    "--config.train.batch_size=8",
-    "--config.train.retain_batch_size=4",
-    "--config.train.reasoning_batch_size=4",
-)
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 # Fake devices of one process share its threads: on few cores XLA's scheduler runs collectives
 # of one program in different orders on different devices, and waits forever for the others.
@@ -35,7 +17,7 @@ EIGHT_DEVICES = {
 
 
 def unlearn(workdir, environment, *extra):
-    flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", *SMALL, *extra]
+    flags = ["--config=configs/quickstart.py", f"--workdir={workdir}", *user_runs.SMALL, *extra]
     done = user_runs.run(environment, "-m", "cipo_jax", "unlearn", *flags, timeout=1200)
     assert done.returncode == 0, done.stderr
     summary = user_runs.read(workdir / "summary.json")

@@ -21,23 +21,8 @@ from cipo_jax.reports.summary import Summary
 HERE = Path(__file__).parent
 ENVIRONMENT = {}
 SMALL = (
-    "--config.forget.count=1",
-    "--config.data.valid_rows=4",
-    "--config.data.eval_rows=8",
-    "--config.sampling.max_batch_size=16",
-    "--config.eval.max_batch_size=16",
-    "--config.counterfactual.num_candidates=2",
-    "--config.counterfactual.rounds=2",
-    "--config.cipo.iterations=2",
+    *user_runs.SMALL,
     "--config.selection.patience=2",
-    "--config.cipo.reject=all",
-    "--config.model.retrained=",
-    "--config.warmup.batch_size=8",
-    "--config.warmup.retain_batch_size=4",
-    "--config.warmup.reasoning_batch_size=4",
-    "--config.train.batch_size=8",
-    "--config.train.retain_batch_size=4",
-    "--config.train.reasoning_batch_size=4",
     "--config.train.checkpoint_every=2",
     "--config.warmup.checkpoint_every=2",
 )
